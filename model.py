@@ -1,0 +1,124 @@
+"""
+The backbone of every method here: DiT and MM-DiT. Nothing about diffusion.
+
+A DiT block (Peebles & Xie, 2023) is LayerNorm -> attention -> LayerNorm -> MLP, each branch shifted, scaled and gated by a linear
+function of a conditioning vector that starts at zero (AdaLN-Zero). An MM-DiT block (Esser et al., 2024) is the same for several
+modalities: each owns all its weights, and one attention runs over the concatenation of their positions. So a DiT is an MM-DiT
+with one modality, and both are written once: lists hold one entry per modality.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def rope_table(length, head_dim, base=10000.0):
+    """cos and sin of RoPE (Su et al., 2021), each (length, head_dim / 2)."""
+    freqs = base ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(length)[:, None] * freqs
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotates the pairs (i, i + head_dim/2) of x (B, H, S, head_dim) by the angles of their positions."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1], (B,) -> conditioning vector (B, cond_dim): sinusoids of 1000 t, then a two-layer MLP."""
+
+    def __init__(self, cond_dim, num_freqs=128):
+        super().__init__()
+        self.register_buffer('freqs', 1000 * torch.exp(-math.log(10000) * torch.arange(num_freqs) / num_freqs), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * num_freqs, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim), nn.SiLU())
+
+    def forward(self, t):
+        angles = t[:, None].float() * self.freqs
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+
+class Modality(nn.Module):
+    """What one modality owns in a block: norms, QKV, output, MLP and AdaLN (the last starts at zero: every block begins as the identity)."""
+
+    def __init__(self, d, cond_dim, dropout):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d, elementwise_affine=False)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.norm2 = nn.LayerNorm(d, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate='tanh'), nn.Linear(4 * d, d))
+        self.ada = nn.Linear(cond_dim, 6 * d)
+        self.dropout = nn.Dropout(dropout)
+
+
+class Block(nn.Module):
+    def __init__(self, d, num_heads, cond_dim, modalities, dropout, causal):
+        super().__init__()
+        self.modalities = nn.ModuleList(Modality(d, cond_dim, dropout) for _ in range(modalities))
+        self.num_heads, self.causal = num_heads, causal
+
+    def forward(self, xs, cs, cos, sin, cache=None):
+        """xs: per modality (B, S_i, d);  cs: per modality (B, cond_dim);  cos, sin: RoPE of all positions in a row -> like xs."""
+        B, d = xs[0].shape[0], xs[0].shape[2]
+        ada = [m.ada(c).chunk(6, dim=-1) for m, c in zip(self.modalities, cs)]  # shift, scale, gate of attention; the same of the MLP
+
+        # one attention over all positions of all modalities
+        qkv = [m.qkv(modulate(m.norm1(x), *a[:2])) for m, x, a in zip(self.modalities, xs, ada)]
+        qkv = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1)
+        q, k, v = qkv.view(B, -1, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # each (B, H, S, d / H)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:  # (k, v) of earlier positions, for sampling token by token
+            k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache, (k, v)))
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and q.shape[2] == k.shape[2])
+        ys = y.transpose(1, 2).reshape(B, -1, d).split([x.shape[1] for x in xs], dim=1)
+
+        out = []
+        for m, x, y, (_, _, gate1, shift2, scale2, gate2) in zip(self.modalities, xs, ys, ada):
+            x = x + gate1[:, None] * m.dropout(m.out(y))
+            out.append(x + gate2[:, None] * m.dropout(m.mlp(modulate(m.norm2(x), shift2, scale2))))
+        return out
+
+
+class DiT(nn.Module):
+    """Embedded positions in, hidden states out; with modalities = 2 this is the MM-DiT. Embeddings and heads belong to the methods."""
+
+    def __init__(self, hidden, num_layers, num_heads, cond_dim, max_len, modalities=1, dropout=0.0, causal=False):
+        super().__init__()
+        self.hidden, self.num_layers = hidden, num_layers
+        self.time = nn.ModuleList(TimeEmbedding(cond_dim) for _ in range(modalities))
+        self.blocks = nn.ModuleList(Block(hidden, num_heads, cond_dim, modalities, dropout, causal) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
+        self.ada = nn.ModuleList(nn.Linear(cond_dim, 2 * hidden) for _ in range(modalities))
+        cos, sin = rope_table(max_len, hidden // num_heads)
+        self.register_buffer('cos', cos, persistent=False)
+        self.register_buffer('sin', sin, persistent=False)
+        for layer in [m.ada for b in self.blocks for m in b.modalities] + list(self.ada):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, *xs, t=None, caches=None):
+        """xs: per modality (B, S_i, d);  t: per modality times (B,), or None for a constant 0 -> hidden states, one (B, S_i, d) per modality.
+
+        caches: one [k, v] list per block, each (B, H, positions so far, d / H), grown in place (causal sampling).
+        """
+        B, S = xs[0].shape[0], sum(x.shape[1] for x in xs)
+        ts = t or [None] * len(xs)
+        # a constant time gives one conditioning vector for the whole batch: (1, cond_dim), broadcast in every block
+        cs = [embed(xs[0].new_zeros(1) if t is None else t) for embed, t in zip(self.time, ts)]
+        start = caches[0][0].shape[2] if caches else 0
+        cos, sin = self.cos[start:start + S], self.sin[start:start + S]
+        for i, block in enumerate(self.blocks):
+            xs = block(xs, cs, cos, sin, caches[i] if caches else None)
+        hs = [modulate(self.norm(x), *ada(c).chunk(2, dim=-1)) for x, ada, c in zip(xs, self.ada, cs)]
+        return hs[0] if len(hs) == 1 else hs
+
+    def flops(self, S):
+        """Forward FLOPs for S positions as the paper's tables count them: one per fused multiply-add, neither embedding nor head."""
+        return self.num_layers * (12 * S * self.hidden**2 + 2 * S**2 * self.hidden)

@@ -1,0 +1,62 @@
+"""
+Random numbers that are functions of (seed, step, global row) and of nothing else.
+
+Data, times and masks of a training step are drawn here. A process that holds rows r, r+W, r+2W, ... of the global batch draws
+exactly the numbers that a single process would have drawn for them, on any device: so k processes of batch b are one process of
+batch kb, a run may resume on another number of processes, and the checkpoint needs no random state.
+"""
+import zlib
+
+import torch
+
+
+def hash64(x):
+    """The finaliser of splitmix64 (Steele et al., 2014), elementwise: int64 -> int64; products wrap, shifts are made logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # = 0xBF58476D1CE4E5B9 as a signed number
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # = 0x94D049BB133111EB
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+class Noise:
+    """All randomness of one training step (or of one evaluation), for the rows of the global batch that this process holds.
+
+    seed, step: ints;  rows: int64 (b,), the global row numbers held here;  total: rows of the global batch over all processes.
+    Draws are named: two draws of one name are the same numbers, draws of different names are independent.
+    """
+
+    def __init__(self, seed, step, rows, total):
+        self.seed, self.step, self.rows, self.total = seed, step, rows, total
+
+    def _bits(self, name, rows, shape):
+        key = torch.tensor([zlib.crc32(name.encode()), self.seed, self.step], dtype=torch.int64, device=rows.device)
+        key = hash64(hash64(hash64(key[0]) + key[1]) + key[2])
+        row_keys = hash64(key + hash64(rows + 1))
+        if not shape:
+            return row_keys
+        count = torch.Size(shape).numel()
+        columns = torch.arange(1, count + 1, device=rows.device) * -0x61C8864680B583EB  # the golden-ratio step of splitmix64
+        return hash64(row_keys[:, None] + columns).view(len(rows), *shape)
+
+    def uniform(self, name, *shape):
+        """U(0, 1), float32 (b, *shape); never exactly 0 or 1."""
+        return (((self._bits(name, self.rows, shape) >> 41) & 0x7FFFFF) + 0.5) * 2.0**-23
+
+    def normal(self, name, *shape):
+        """N(0, 1), float32 (b, *shape), by inverting the distribution function (cut off at 5.3 standard deviations)."""
+        return torch.special.ndtri(self.uniform(name, *shape))
+
+    def times(self, name):
+        """Low-discrepancy times (Kingma et al., 2021): t_b = (u + pi(b) / B) mod 1, float32 (b,): one t in each of B equal strata.
+
+        The strata are of the *global* batch, and pi is a fresh permutation for each name: the times of two channels are then
+        independent for every row (in batch order their difference would be one constant for the whole batch).
+        """
+        everyone = torch.arange(self.total, device=self.rows.device)
+        stratum = torch.empty_like(everyone)
+        stratum[self._bits(name + ' stratum', everyone, ()).argsort()] = everyone
+        offset = Noise(self.seed, self.step, everyone[:1], 1).uniform(name + ' offset')
+        return (offset + stratum[self.rows] / self.total) % 1
+
+    def __getitem__(self, keep):
+        """The same numbers for some of the rows: `noise[2:5]` goes with `x[2:5]`."""
+        return Noise(self.seed, self.step, self.rows[keep], self.total)
