@@ -1,2 +1,155 @@
+"""
+Hyper-parameters: a dict of defaults, then a config file of flat assignments, then --key=value from the command line.
+
+The poor man's configurator of nanoGPT with two differences: a config file is read, not run (`learning_rate = 3e-3`, `max_iters = 5 * 60`
+and comments are all it may hold), and a mistake ends with one line that says what would have been right.
+"""
+import ast
+import difflib
+import glob
+import math
+import operator
+import os
+import sys
+
+
 class UserError(Exception):
     """A mistake by the user: one line that says what is wrong and what would be right."""
+
+
+def nearest(name, known):
+    """' Did you mean X?' for the likeliest typing mistake, otherwise the whole list."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f'did you mean {close[0]}?' if close else f'known: {", ".join(sorted(known))}'
+
+
+# ----------------------------------------------------------------------------
+# values: literals and arithmetic between numbers, nothing that could run code
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+
+def literal(node):
+    """The value of a syntax tree made of True, False, strings, numbers and + - * / // % ** between numbers; ValueError otherwise."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -number(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        a, b = number(node.left), number(node.right)
+        if isinstance(node.op, ast.Pow) and (abs(a) > 1e6 or abs(b) > 64):
+            raise ValueError('a power that large')  # 9**9**9 would not end
+        return OPERATORS[type(node.op)](a, b)
+    raise ValueError('neither a literal nor arithmetic between numbers')
+
+
+def number(node):
+    value = literal(node)
+    if isinstance(value, (bool, str)):
+        raise ValueError('arithmetic on something that is no number')
+    return value
+
+
+def fit(key, value, default):
+    """value as the type of default; UserError if it is of another kind. 1e4 counts as an integer, 3 as a float."""
+    kind = type(default)
+    if type(value) in (int, float) and kind in (int, float) and math.isfinite(value):
+        if kind is float:
+            return float(value)
+        if value == int(value) and abs(value) < 2**63:
+            return int(value)
+    elif type(value) is kind and kind in (bool, str):
+        return value
+    wants = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}[kind]
+    raise UserError(f'{key} wants {wants} (default {default!r}), not {value!r}')
+
+
+# ----------------------------------------------------------------------------
+# where values come from
+
+def read_file(path):
+    """A config file -> [(key, value)]."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            tree = ast.parse(f.read())
+    except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the name
+        known = ', '.join(sorted(glob.glob('config/*.py'))) or 'none in config/'
+        raise UserError(f'cannot read the config file {path} ({getattr(e, "strerror", None) or "not text"}); there are: {known}')
+    except (SyntaxError, RecursionError, MemoryError) as e:
+        raise UserError(f'{path}, line {getattr(e, "lineno", 1)}: not Python')
+    pairs = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f'{path}, line {node.lineno}: a config holds assignments such as  batch_size = 32  and nothing else')
+        try:
+            pairs.append((node.targets[0].id, literal(node.value)))
+        except (ValueError, ArithmeticError, TypeError, RecursionError) as e:
+            raise UserError(f'{path}, line {node.lineno}: {node.targets[0].id} wants a literal such as 32, 2**10, 3e-4, True or "text" ({e})')
+    return pairs
+
+
+def read_text(key, text, default):
+    """The right-hand side of --key=value. A string needs no quotes."""
+    if isinstance(default, str):
+        return text
+    try:
+        return literal(ast.parse(text, mode='eval').body)
+    except (SyntaxError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError):
+        return text  # no number: fit() says what is wanted
+
+
+def configure(defaults, argv, method_fields=None):
+    """Defaults, config file and command line -> one flat dict.
+
+    defaults: key -> bool, int, float or str; their types are the rule.  argv: at most one config file, --key=value, --key for a bool.
+    method_fields: name of a method -> its own keys and defaults; the value of the key `method` picks the name.
+    A config file NAME.py means out_dir = out/NAME unless something says otherwise.
+    """
+    files = [a for a in argv if not a.startswith('-')]
+    if len(files) > 1:
+        raise UserError(f'at most one config file, and overrides as --key=value: {" ".join(files)}')
+    given = read_file(files[0]) if files else []
+    if files and 'out_dir' in defaults:
+        given.insert(0, ('out_dir', os.path.join('out', os.path.splitext(os.path.basename(files[0]))[0])))
+    flags = [a[2:].partition('=') for a in argv if a.startswith('--')]
+    for a in argv:
+        if a.startswith('-') and not a.startswith('--'):
+            raise UserError(f'{a}: overrides are written --key=value')
+
+    known = dict(defaults)
+    if method_fields:
+        named = [v for k, v in given if k == 'method'] + [v for k, _, v in flags if k == 'method']
+        known = {**method_fields(fit('method', named[-1] if named else defaults['method'], '')), **defaults}
+    config = dict(known)
+    for key in [k for k, _ in given] + [k for k, _, _ in flags]:
+        if key not in known:
+            raise UserError(f'unknown key {key}: {nearest(key, known)}')
+    for key, value in given:
+        config[key] = fit(key, value, known[key])
+    for key, equals, text in flags:
+        if not equals and not isinstance(known[key], bool):
+            raise UserError(f'--{key} wants a value: --{key}={known[key]}')
+        config[key] = fit(key, read_text(key, text, known[key]) if equals else True, known[key])
+    return config
+
+
+# ----------------------------------------------------------------------------
+# how a script ends
+
+def run(main):
+    """main(argv) of a script. A UserError becomes one line and exit code 2; Ctrl-C and a closed pipe end quietly."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as e:
+        if os.environ.get('RANK', '0') == '0':  # under torchrun every process fails alike, one of them says so
+            print('error:', ' '.join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head`: nobody reads any more; keep the interpreter from flushing once again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130)

@@ -40,7 +40,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         angles = t[:, None].float() * self.freqs
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
 
 
 class Modality(nn.Module):
@@ -122,3 +122,52 @@ class DiT(nn.Module):
     def flops(self, S):
         """Forward FLOPs for S positions as the paper's tables count them: one per fused multiply-add, neither embedding nor head."""
         return self.num_layers * (12 * S * self.hidden**2 + 2 * S**2 * self.hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need it, some at a time
+
+def rows_per_chunk(vocab_size, budget=2**25):
+    """How many rows of logits to hold at once: 2^25 fp32 logits are 128 MiB."""
+    return max(1, budget // vocab_size)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i), whose gradients are formed chunk by chunk in the forward pass.
+
+    So the (rows, V) logits never exist: only a chunk of them does, once, and backward merely scales what is already there.
+    """
+
+    @staticmethod
+    def forward(ctx, h, W, b, targets, weights):
+        dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
+        loss = h.new_zeros((), dtype=torch.float32)
+        size = rows_per_chunk(len(W))
+        for start in range(0, len(h), size):
+            chunk = slice(start, start + size)
+            logits = F.linear(h[chunk], W, b).float()
+            lse = logits.logsumexp(dim=-1, keepdim=True)
+            target = targets[chunk, None]
+            loss += (weights[chunk, None] * (lse - logits.gather(1, target))).sum()
+            d_logits = logits.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse)).mul_(weights[chunk, None]).to(h.dtype)
+            dh[chunk] = d_logits @ W.to(h.dtype)
+            dW += d_logits.T @ h[chunk]
+            db += d_logits.sum(dim=0)
+        ctx.save_for_backward(dh, dW, db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        return *((d_loss * d).to(d.dtype) for d in ctx.saved_tensors), None, None
+
+
+def head_cross_entropy(head, h, targets, weights):
+    """h (R, d), targets (R,) int64, weights (R,) fp32 -> the weighted sum of -log p(target), a scalar with gradients."""
+    return HeadCrossEntropy.apply(h, head.weight, head.bias, targets, weights)
+
+
+def head_nll(head, h, targets):
+    """h (R, d), targets (R,) -> -log p(target) in nats, fp32 (R,), without gradients; the logits of one chunk at a time."""
+    size = rows_per_chunk(head.out_features)
+    chunks = zip(h.split(size), targets.split(size))
+    return torch.cat([F.cross_entropy(head(hs).float(), ts, reduction='none') for hs, ts in chunks])

@@ -51,11 +51,13 @@ class Noise:
         The strata are of the *global* batch, and pi is a fresh permutation for each name: the times of two channels are then
         independent for every row (in batch order their difference would be one constant for the whole batch).
         """
-        everyone = torch.arange(self.total, device=self.rows.device)
-        stratum = torch.empty_like(everyone)
-        stratum[self._bits(name + ' stratum', everyone, ()).argsort()] = everyone
-        offset = Noise(self.seed, self.step, everyone[:1], 1).uniform(name + ' offset')
-        return (offset + stratum[self.rows] / self.total) % 1
+        stratum = self.permutation(name, self.total)[self.rows]
+        offset = Noise(self.seed, self.step, self.rows.new_zeros(1), 1).uniform(name + ' offset')
+        return (offset + stratum / self.total) % 1
+
+    def permutation(self, name, n):
+        """A random order of 0 ... n-1, int64 (n,), the same in every process."""
+        return self._bits(name + ' permutation', torch.arange(n, device=self.rows.device), ()).argsort()
 
     def __getitem__(self, keep):
         """The same numbers for some of the rows: `noise[2:5]` goes with `x[2:5]`."""

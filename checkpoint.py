@@ -1,0 +1,92 @@
+"""
+Checkpoints: an atomic write, a read that runs no code, and the way from out_dir to a method.
+
+A checkpoint is a dict of numbers, strings and tensors:
+    format      1
+    config      every key of the run, flat, with method, vocab_size and block_size
+    model       the method's state dict (weights, and all it keeps in buffers)
+    ema         name of a weight -> its average over the steps
+    optimizer   the state of AdamW
+    step, tokens
+"""
+import dataclasses
+import importlib
+import os
+
+import torch
+
+from configurator import UserError, nearest
+
+METHODS = {'mdlm': 'MDLM', 'ladd': 'LADD', 'ar': 'AR', 'ldlm': 'LDLM'}  # the file is the name in small letters
+FORMAT = 1
+
+
+def method_class(name):
+    if name not in METHODS:
+        raise UserError(f'there is no method {name}: {nearest(name, METHODS)}')
+    module = importlib.import_module(name)
+    return getattr(module, METHODS[name]), module.Config
+
+
+def method_fields(name):
+    """A method's own keys with their defaults; its vocabulary is the data's and no key."""
+    fields = dataclasses.fields(method_class(name)[1])
+    return {f.name: f.default for f in fields if f.name != 'vocab_size'}
+
+
+def build(config):
+    """The untrained method that a flat config describes (it may hold other keys too). UserError where the method says ValueError."""
+    method, Config = method_class(config['method'])
+    try:
+        return method(Config(**{f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}))
+    except ValueError as e:
+        raise UserError(f'{config["method"]}: {e}') from e
+
+
+def save(path, checkpoint):
+    """All or nothing: at every moment `path` is the old checkpoint or the new one, whole. UserError if it cannot be written."""
+    temp = path + '.tmp'
+    try:
+        with open(temp, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, survives a power cut
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # a disk that fills up reaches us as a RuntimeError of torch's zip writer
+        if os.path.exists(temp):
+            os.remove(temp)
+        kept = 'the one before it is kept' if os.path.exists(path) else 'there is none before it'
+        raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or "is the disk full?"}); {kept}') from e
+
+
+def load(path):
+    """The dict in a checkpoint file, on the CPU. UserError if the file is missing, truncated or of another kind."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path)
+        name = os.path.basename(folder)
+        known = os.path.exists(f'config/{name}.py')
+        raise UserError(f'{folder} holds no checkpoint; make it with: python train.py config/{name if known else "NAME"}.py'
+                        + ('' if known else f' --out_dir={folder}'))
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        good = checkpoint['format'] == FORMAT and {'config', 'model', 'ema', 'step'} <= checkpoint.keys()
+    except Exception as e:  # whatever a foreign file makes the reader stumble over
+        raise UserError(f'{path} is no checkpoint of ours, or is cut short ({type(e).__name__}); delete it or train with --init_from=scratch') from e
+    if not good:
+        raise UserError(f'{path} is a checkpoint of another version; train it anew with --init_from=scratch')
+    return checkpoint
+
+
+def load_method(out_dir, device, ema=True):
+    """out_dir -> (method in eval mode on device, with the averaged weights unless ema=False; its checkpoint)."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    checkpoint = load(path)
+    method = build(checkpoint['config'])
+    try:
+        method.load_state_dict({**checkpoint['model'], **(checkpoint['ema'] if ema else {})})
+    except RuntimeError as e:
+        raise UserError(f'{path} does not fit the method {checkpoint["config"]["method"]} of today; train it anew with --init_from=scratch') from e
+    return method.to(device).eval(), checkpoint

@@ -1,0 +1,403 @@
+"""
+LADD: masked diffusion with a latent channel (Latent-Augmented Discrete Diffusion Models).
+
+An encoder gives each text x_0 a latent z_0; tokens and latents are noised independently, x_t as in MDLM and z_t by
+    Co-LADD   Gaussian noise:  z_t = abar_t z_0 + sqrt(1 - abar_t^2) eps                                 LADD eq. (20)
+    Di-LADD   masking of codes: z_0 is quantised first, and each code becomes [mask] with probability 1 - alpha_t
+and one MM-DiT sees both and predicts both:  loss = lambda_x * token loss + lambda_z * latent loss      LADD eq. (14)
+
+Two ways to sample: *joint* moves both channels at every step; *sequential* makes the latent first, all tokens still masked, and
+then the tokens given the clean latent. Two stages of training: first encoder, quantizer and token denoiser (lambda_z = 0), so that
+the latent learns to be useful; then encoder and codebook are frozen and everything else learns the full objective.
+Read in this order: latent schedules, samplers, Quantizer, class LADD.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import mdlm
+from mdlm import alpha, ancestral, choose, draw_tokens, elbo_weight, pairs, time_grid
+from model import DiT
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: abar^2 runs from .9999 to .0001
+
+def abar(t, schedule='vp_sqrt'):
+    """Signal level of z_t; any tensor t in [0, 1] -> the same shape."""
+    if schedule == 'vp_linear':
+        square = 1 - t
+    elif schedule == 'vp_cosine':
+        square = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2
+    elif schedule == 'vp_sqrt':
+        square = (1 - t).sqrt()
+    else:
+        raise ValueError(f'no schedule {schedule!r}')
+    return ((1 - 2e-4) * square + 1e-4).sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# samplers: pure functions over
+#     denoise(x_t, z_t, t, where) -> token logits (where.sum(), V), latent prediction (z_0 hat (n, M, D), or code logits (n, M, K))
+# and over the latent channel's own move `latent_step(z_t, prediction, t, s) -> z_s`, one of the two that follow
+
+def ddim_step(z_t, z0_hat, t, s, schedule='vp_sqrt'):
+    """DDIM with eta = 0, LADD eq. (40); the step to s = 0 returns the prediction."""
+    if s == 0:
+        return z0_hat
+    a_t, a_s = abar(t, schedule), abar(s, schedule)
+    eps_hat = (z_t - a_t * z0_hat) / (1 - a_t**2).sqrt()
+    return a_s * z0_hat + (1 - a_s**2).sqrt() * eps_hat
+
+
+def code_step(z_t, logits, t, s, schedule='linear', generator=None):
+    """A step of masked diffusion over code indices z_t (n, M), the last index K being [mask]; logits (n, M, K)."""
+    alpha_s = alpha(s, schedule) if s > 0 else torch.ones_like(s)
+    reveal, _ = choose(z_t, alpha(t, schedule), alpha_s, logits.shape[-1], generator=generator)
+    z_s = z_t.clone()
+    if reveal.any():
+        z_s[reveal] = draw_tokens(logits[reveal], generator=generator)
+    return z_s
+
+
+def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, eta=0.0, generator=None, callback=None):
+    """Both channels from t = 1 to 0 in `steps` calls, each seeing (x_t, z_t): LADD eq. (Joint), (65), (66)."""
+    given = x != mask_id
+    x, times = x.clone(), time_grid(steps, x.device)
+    for i, (t, s, (alpha_t, alpha_s)) in enumerate(zip(times[:-1], times[1:], pairs(alphas))):
+        reveal, remask = choose(x, alpha_t, alpha_s, mask_id, eta, given, generator)
+        logits, prediction = denoise(x, z, t, reveal)
+        z = latent_step(z, prediction, t, s)
+        if reveal.any():
+            x[reveal] = draw(logits, generator=generator)
+        x[remask] = mask_id
+        if callback:
+            callback(i, x)
+    return x
+
+
+def latent_chain(predict, z, steps, latent_step):
+    """The latent channel alone, from t = 1 to 0: predict(z_t, t) -> latent prediction. The first half of LADD eq. (Seq.)."""
+    times = time_grid(steps, z.device)
+    for t, s in zip(times[:-1], times[1:]):
+        z = latent_step(z, predict(z, t), t, s)
+    return z
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the vector quantizer of Di-LADD: LADD appendix C.2
+
+def everyone(rows):
+    """The rows of all processes in the order of the global batch (process r holds rows r, r + W, ...): (b, ...) -> (W b, ...)."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+class Quantizer(nn.Module):
+    """Cosine-similarity codebook, updated by exponential averages; its state lives in buffers.
+
+    As VectorQuantize of vector-quantize-pytorch with use_cosine_sim, which the paper names: decay .95, commitment .1, dead-code
+    threshold 2, k-means initialisation with 10 iterations.
+    """
+
+    def __init__(self, size, dim, decay=0.95, commitment=0.1, dead_below=2.0):
+        super().__init__()
+        self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
+        self.register_buffer('codebook', F.normalize(torch.randn(size, dim), dim=-1))  # unit vectors
+        self.register_buffer('counts', torch.full((size,), dead_below))  # running mean of the vectors per batch that chose each code
+        self.register_buffer('sums', self.codebook * dead_below)  # running mean of their sum
+
+    def nearest(self, e):
+        """Unit vectors e (..., D) -> code indices (...), LADD eq. (73)."""
+        return (e.float() @ self.codebook.T).argmax(dim=-1)
+
+    def forward(self, e, noise=None):
+        """Unit vectors e (b, M, D) -> quantised with a straight-through gradient, codes (b, M), commitment loss, LADD eq. (74).
+
+        With noise given (stage 1 of training) the codebook moves after its codes were read.
+        """
+        codes = self.nearest(e)
+        quantised = self.codebook[codes]
+        loss = self.commitment * F.mse_loss(e, quantised)
+        straight = e + (quantised - e).detach()
+        if noise is not None:
+            self.update(everyone(e.detach().float()).flatten(0, 1), everyone(codes).flatten(), noise)
+        return straight, codes, loss
+
+    @torch.no_grad()
+    def update(self, e, codes, noise):
+        """e (N, D), codes (N,): the whole global batch, so every process makes the same move."""
+        chosen = F.one_hot(codes, len(self.codebook)).to(e.dtype)
+        self.counts.lerp_(chosen.sum(dim=0), 1 - self.decay)
+        self.sums.lerp_(chosen.T @ e, 1 - self.decay)
+        # a code that hardly anybody chooses restarts at a random vector of the batch
+        dead = self.counts < self.dead_below
+        fresh = e[noise.permutation('revive', max(len(e), len(dead)))[:len(dead)] % len(e)]
+        self.counts[:] = torch.where(dead, self.dead_below, self.counts)
+        self.sums[:] = torch.where(dead[:, None], self.dead_below * fresh, self.sums)
+        self.codebook[:] = F.normalize(self.sums, dim=-1)
+
+    @torch.no_grad()
+    def kmeans(self, e, batch_vectors, noise, iterations=10):
+        """Starts the codebook by spherical k-means on e (N, D); batch_vectors: vectors in a training batch, the unit of `counts`."""
+        K = len(self.codebook)
+        self.codebook[:] = e[noise.permutation('k-means', max(len(e), K))[:K] % len(e)]
+        for _ in range(iterations):
+            chosen = F.one_hot(self.nearest(e), K).to(e.dtype)
+            sums = chosen.T @ e
+            self.codebook[:] = torch.where(chosen.sum(dim=0)[:, None] > 0, F.normalize(sums, dim=-1), self.codebook)
+        self.counts[:] = chosen.sum(dim=0) * (batch_vectors / len(e))
+        self.sums[:] = sums * (batch_vectors / len(e))
+
+    def perplexity(self):
+        """exp(entropy of the running code usage): how many codes are really in use."""
+        p = self.counts / self.counts.sum()
+        return torch.exp(-torch.special.xlogy(p, p).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the method
+
+@dataclass
+class Config(mdlm.Config):
+    latent: str = 'continuous'  # continuous: Co-LADD | discrete: Di-LADD
+    num_latents: int = 1  # M
+    latent_dim: int = 32  # D
+    latent_schedule: str = 'vp_sqrt'  # vp_linear | vp_cosine | vp_sqrt; of codes: linear | polynomial | geometric
+    codebook_size: int = 511  # usable codes (the paper's 512 counts the mask)
+    encoder_layers: int = 2  # of the learned encoder, a DiT of the same width
+    unit_norm: bool = True  # scale each continuous latent to length 1, LADD eq. (75)
+    latent_layers: int = 0  # > 0: a latent denoiser of its own for sequential sampling; 0: the MM-DiT with all tokens masked
+    lambda_x: float = 1.0
+    lambda_z: float = 1.0
+    times: str = 'same'  # t_z = t_x | independent
+    p_drop: float = 0.0  # latent dropout per sequence (Co-LADD)
+    encoder_dropout: bool = False  # p_r ~ U[0, .9] per sequence: blank masked positions in the encoder's input
+    p_start: float = 0.0  # share of sequences trained with all tokens masked, where sequential sampling starts (our choice)
+    stage1_iters: int = 0  # steps of stage 1; its token times are U[stage1_t_min, 1], and its latents are clean if stage1_clean
+    stage1_t_min: float = 0.0
+    stage1_clean: bool = False
+    vq_start: int = 0  # step at which k-means starts the codebook; before it the latents pass unquantised
+
+
+class Encoder(nn.Module):
+    """Learned: a DiT over the tokens and M extra positions, whose last M outputs are the latent (LADD appendix D)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embed = nn.Embedding(c.vocab_size, c.hidden)
+        self.queries = nn.Parameter(torch.randn(c.num_latents, c.hidden))
+        self.dit = DiT(c.hidden, c.encoder_layers, c.num_heads, c.cond_dim, c.block_size + c.num_latents, dropout=c.dropout)
+        self.out = nn.Linear(c.hidden, c.latent_dim)
+
+    def forward(self, x, blank=None):
+        """x (b, L); blank: bool (b, L), positions whose embedding is zeroed -> (b, M, D)."""
+        e = self.embed(x)
+        if blank is not None:
+            e = e.masked_fill(blank[..., None], 0)
+        h = self.dit(torch.cat((e, self.queries.expand(len(x), -1, -1)), dim=1))
+        return self.out(h[:, x.shape[1]:])
+
+
+class LADD(mdlm.MDLM):
+    strategies = ('joint', 'seq')
+
+    def __init__(self, config):
+        c = config
+        super().__init__(c, c.num_latents)
+        self.discrete = c.latent == 'discrete'
+        self.stage, self.quantising = 2, True  # begin_step sets them while training
+        self.encoder = Encoder(c)
+        self.z_in = nn.Linear(c.latent_dim, c.hidden)
+        self.z_head = nn.Linear(c.hidden, c.codebook_size if self.discrete else c.latent_dim)
+        if self.discrete:
+            self.quantizer = Quantizer(c.codebook_size, c.latent_dim)
+            self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # learnable, of a code's length
+        if c.latent_layers:
+            self.latent_in = nn.Linear(c.latent_dim, c.hidden)
+            # for M = 1 attention is a linear map, and this DiT is the paper's "small MLP" with AdaLN
+            self.latent_dit = DiT(c.hidden, c.latent_layers, c.num_heads, c.cond_dim, c.num_latents, dropout=c.dropout)
+            self.latent_head = nn.Linear(c.hidden, c.codebook_size if self.discrete else c.latent_dim)
+
+    # --- the latent channel -------------------------------------------------------------------------------------------------------
+
+    def encode(self, x, blank=None):
+        """x (b, L) -> continuous latents before any quantizer, (b, M, D) fp32."""
+        z = self.encoder(x, blank).float()
+        return F.normalize(z, dim=-1) if self.discrete or self.config.unit_norm else z
+
+    def corrupt_latent(self, z_0, t, noise):
+        """q(z_t | z_0): vectors (b, M, D), or codes (b, M) that turn into [mask] = K; t (b,)."""
+        if not self.discrete:
+            a = abar(t, self.config.latent_schedule)[:, None, None]
+            return a * z_0 + (1 - a**2).sqrt() * noise.normal('eps', *z_0.shape[1:])
+        mask = noise.uniform('z_mask', z_0.shape[1]) < 1 - alpha(t, self.config.latent_schedule)[:, None]
+        return z_0.masked_fill(mask, self.config.codebook_size)
+
+    def vectors(self, codes):
+        """Codes (b, M) with K for [mask] -> what the denoiser sees, (b, M, D)."""
+        return torch.cat((self.quantizer.codebook, self.z_mask[None]))[codes]
+
+    def latent_step(self, z_t, prediction, t, s, generator=None):
+        if self.discrete:
+            return code_step(z_t, prediction, t, s, self.config.latent_schedule, generator)
+        return ddim_step(z_t, prediction, t, s, self.config.latent_schedule)
+
+    def latent_prior(self, n, generator=None):
+        """z_1: (n, M) masks, or (n, M, D) Gaussian."""
+        c, device = self.config, self.head.weight.device
+        if self.discrete:
+            return torch.full((n, c.num_latents), c.codebook_size, device=device)
+        return torch.randn(n, c.num_latents, c.latent_dim, device=device, generator=generator)
+
+    # --- the denoisers --------------------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, x_t, z_t, t_z):
+        """Vectors z_t (b, M, D), t_z (b,) -> (b, L, d), (b, M, d). Gaussian latents need their time; [mask]s tell it by themselves."""
+        return self.dit(self.embed(x_t), self.z_in(z_t), t=[None, None if self.discrete else t_z])
+
+    def predict_latent(self, z_t, t_z, x_t):
+        """The sequential strategy's first half: from vectors z_t alone (x_t is all [mask])."""
+        if not self.config.latent_layers:
+            return self.z_head(self.hidden_states(x_t, z_t, t_z)[1])
+        return self.latent_head(self.latent_dit(self.latent_in(z_t), t=None if self.discrete else [t_z]))
+
+    # --- training -------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_step(self, step, draw_rows, noise):
+        """Sets the stage from the step, and starts the codebook when its time has come; draw_rows(n) -> n training texts."""
+        c = self.config
+        self.stage, self.quantising = 1 if step < c.stage1_iters else 2, step >= c.vq_start
+        self.encoder.train(self.stage == 1)
+        if self.discrete and step == c.vq_start and self.stage == 1:
+            n = max(1, 16 * c.codebook_size // c.num_latents)  # 16 vectors for every code
+            e = torch.cat([self.encode(x) for x in draw_rows(n).split(256)])
+            self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
+
+    def forward(self, x, noise):
+        """Training loss of x (b, L) int64, LADD eq. (14), and logs."""
+        c, first = self.config, self.stage == 1
+        t_x = noise.times('t_x')
+        if first:
+            t_x = c.stage1_t_min + (1 - c.stage1_t_min) * t_x
+        elif c.p_start:
+            t_x = torch.where(noise.uniform('start') < c.p_start, 1.0, t_x)
+        t_x = 1e-4 + (1 - 1e-4) * t_x
+        t_z = torch.zeros_like(t_x) if first and c.stage1_clean else noise.times('t_z') if c.times == 'independent' else t_x
+        x_t, mask = self.corrupt(x, t_x, noise)
+
+        blank = None
+        if c.encoder_dropout:
+            p_r = 0.9 * noise.uniform('p_r')
+            blank = mask & (noise.uniform('blank', x.shape[1]) < p_r[:, None])
+        with torch.set_grad_enabled(first):  # stage 2: encoder and codebook are frozen
+            z_0 = self.encode(x, blank)
+        logs, vq_loss = {}, 0.0
+        if self.discrete and self.quantising:
+            z_0, codes, vq_loss = self.quantizer(z_0, noise if first else None)
+            z_code = self.corrupt_latent(codes, t_z, noise)
+            z_masked = z_code == c.codebook_size
+            z_t = torch.where(z_masked[..., None], self.z_mask, z_0)  # z_0: code vectors with the straight-through gradient
+            logs['code_perplexity'] = self.quantizer.perplexity()
+        elif self.discrete:
+            z_t = z_0
+        else:
+            drop = noise.uniform('drop') < c.p_drop  # as in the official code: z_0 = z_t = 0, and no latent loss for that sequence
+            z_t = self.corrupt_latent(z_0, t_z, noise).masked_fill(drop[:, None, None], 0)
+
+        h_x, h_z = self.hidden_states(x_t, z_t, t_z)
+        token_loss, overflow = self.token_loss(h_x, x, mask, t_x, noise.total, uniform=not (first and c.stage1_t_min or c.p_start))
+        loss = c.lambda_x * token_loss + vq_loss
+        if not first:
+            def latent_loss(prediction):
+                if not self.discrete:
+                    return ((prediction - z_0).square().mean(dim=(1, 2)) * ~drop).mean()
+                weight = elbo_weight(t_z.clamp(min=1e-4), c.latent_schedule) if c.weighting == 'elbo' else torch.ones_like(t_z)
+                return (F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten(), reduction='none').view(codes.shape)
+                        * z_masked * weight[:, None]).mean()
+            logs['latent_loss'] = latent_loss(self.z_head(h_z))
+            loss = loss + c.lambda_z * logs['latent_loss']
+            if c.latent_layers:
+                logs['seq_latent_loss'] = latent_loss(self.predict_latent(z_t, t_z, None))
+                loss = loss + c.lambda_z * logs['seq_latent_loss']
+        logs.update(loss=loss, token_loss=token_loss, overflow=overflow)
+        return loss, {k: v.detach() for k, v in logs.items()}
+
+    # --- likelihoods ----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def channel_nll(self, x, noise, strategy='joint'):
+        """Token and latent part of the ELBO of one strategy, one time each, nats per sequence: (b,), (b,) for codes or None.
+
+        joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
+        The token part alone is the papers' "data" likelihood. It is no bound on -log p(x): the latent it is given was read off x.
+        """
+        c = self.config
+        z_0 = self.encode(x)
+        if self.discrete:
+            z_0 = self.quantizer.nearest(z_0)
+        t = noise.times('t_x')
+        x_t, mask = self.corrupt(x, t, noise)
+        z_t = self.corrupt_latent(z_0, t, noise) if strategy == 'joint' else z_0
+        h_x, h_z = self.hidden_states(x_t, self.vectors(z_t) if self.discrete else z_t, t if strategy == 'joint' else torch.zeros_like(t))
+        tokens = elbo_weight(t, c.schedule) * self.masked_nll(h_x, x, mask)
+        if not self.discrete:
+            return tokens, None
+        if strategy == 'seq':
+            z_t = self.corrupt_latent(z_0, t, noise)
+            logits = self.predict_latent(self.vectors(z_t), t, torch.full_like(x, self.mask_id))
+        else:
+            logits = self.z_head(h_z)
+        nats = F.cross_entropy(logits.float().flatten(0, 1), z_0.flatten(), reduction='none').view(z_0.shape)
+        return tokens, elbo_weight(t, c.latent_schedule) * (nats * (z_t == c.codebook_size)).sum(dim=1)
+
+    def nll(self, x, noise):
+        """Di-LADD: token + code ELBO of the joint strategy, an upper bound on -log p(x). Co-LADD: the token channel only, no bound."""
+        tokens, latent = self.channel_nll(x, noise)
+        return tokens if latent is None else tokens + latent
+
+    # --- sampling -------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, n, steps, strategy='joint', latent_steps=8, sampler='ancestral', eta=1.0, temperature=1.0, top_p=1.0,
+               x=None, generator=None, callback=None):
+        """-> (n, L) ids. joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens."""
+        c, device = self.config, self.head.weight.device
+        if x is None:
+            x = torch.full((n, c.block_size), self.mask_id, device=device)
+        z = self.latent_prior(n, generator)
+        see = self.vectors if self.discrete else (lambda z: z)
+
+        def latent_step(z_t, prediction, t, s):
+            return self.latent_step(z_t, prediction, t, s, generator)
+
+        def times(t):
+            return t.float().expand(n)
+
+        if strategy == 'seq':
+            z_0 = latent_chain(lambda z, t: self.predict_latent(see(z), times(t), x.new_full(x.shape, self.mask_id)), z, latent_steps, latent_step)
+
+            def denoise(x_t, where):
+                active = where.any(dim=1)
+                h, _ = self.hidden_states(x_t[active], see(z_0[active]), x_t.new_zeros(int(active.sum()), dtype=torch.float32))
+                return self.head(h[where[active]])
+            return mdlm.run_sampler(denoise, x, self.mask_id, steps, c.schedule, sampler, eta, temperature, top_p, generator, callback)
+
+        def denoise(x_t, z_t, t, where):
+            h_x, h_z = self.hidden_states(x_t, see(z_t), times(t))
+            return self.head(h_x[where]), self.z_head(h_z)
+
+        def draw(logits, generator):
+            return draw_tokens(logits, temperature, top_p, generator)
+        alphas = alpha(time_grid(steps, device), c.schedule)
+        return joint(denoise, x, z, steps, alphas, latent_step, self.mask_id, draw, eta if sampler == 'remdm' else 0.0, generator, callback)
+
+    def flops(self, L):
+        """Of one MM-DiT call, by the paper's formula over L + M positions."""
+        return self.dit.flops(L + self.config.num_latents)

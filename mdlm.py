@@ -1,0 +1,235 @@
+"""
+MDLM: masked discrete diffusion for text (Sahoo et al., 2024; LADD section 2.2).
+
+    forward     every token becomes [mask] with probability 1 - alpha_t, on its own; alpha_0 = 1, alpha_1 = 0
+    denoiser    a DiT that sees x_t, not t, and gives p_theta(x_0 | x_t) at the masked positions
+    loss        E_t  -alpha'_t / (1 - alpha_t)  sum over masked l of  -log p_theta(x_l | x_t)            LADD eq. (6)
+    sampler     start from all [mask]; from t to s < t reveal each masked position with probability
+                (alpha_s - alpha_t) / (1 - alpha_t), drawing its token from the denoiser                 LADD eq. (47)
+
+The SUBS parameterisation needs no code: the head has no output for [mask], and it is asked about masked positions only.
+Read in this order: schedules, samplers, class MDLM.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from model import DiT, head_cross_entropy, head_nll
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# schedules: LADD table 7
+
+B_MIN, B_MAX = 1e-3, 20.0  # the geometric schedule's
+
+
+def alpha(t, schedule='linear'):
+    """Probability that a token is still clean at time t; any tensor t in [0, 1] -> the same shape."""
+    if schedule == 'linear':
+        return 1 - t
+    if schedule == 'polynomial':
+        return 1 - t**2
+    if schedule == 'geometric':  # alpha_0 = .999, alpha_1 = 2e-9
+        return torch.exp(-B_MIN ** (1 - t) * B_MAX**t)
+    raise ValueError(f'no schedule {schedule!r}')
+
+
+def elbo_weight(t, schedule='linear'):
+    """-alpha'_t / (1 - alpha_t), LADD eq. (52) in continuous time."""
+    if schedule == 'linear':
+        return 1 / t
+    if schedule == 'polynomial':
+        return 2 / t
+    rate = B_MIN ** (1 - t) * B_MAX**t
+    return rate * torch.log(torch.tensor(B_MAX / B_MIN)) / torch.expm1(rate)
+
+
+def time_grid(steps, device=None):
+    """t = 1 ... 0 in equal steps, fp64 (steps + 1,)."""
+    return torch.linspace(1, 0, steps + 1, dtype=wide(device), device=device)
+
+
+def wide(device):
+    """The paper samples in fp64; Apple's GPUs have none."""
+    return torch.float32 if torch.device(device or 'cpu').type == 'mps' else torch.float64
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`, with x_t int64 and where bool, both (n, L)
+# A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1 outcomes, it is safe in low
+# precision (Gumbel noise in fp32 over 50k words is not), and the vocabulary head runs only where a token is about to appear.
+
+def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
+    """One token for each row of logits (R, V) -> int64 (R,). temperature 0 takes the mode; top_p < 1 keeps the nucleus."""
+    logits = logits.to(wide(logits.device))
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        sorted_probs, ids = probs.sort(dim=-1, descending=True)
+        sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0  # the token that crosses top_p stays
+        probs = torch.zeros_like(probs).scatter_(1, ids, sorted_probs)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):
+    """The first draw of a step t -> s: which positions are revealed, LADD eq. (47), and which are masked again; bool, both like x_t.
+
+    eta = 0 is the reverse process itself: nothing is masked again. eta in (0, 1] is ReMDM-rescale (Wang et al., 2025): re-masking
+    at eta times the largest rate that keeps the marginals, except at the positions `given`.
+    """
+    masked = x_t == mask_id
+    sigma = eta * min(1.0, float((1 - alpha_s) / alpha_t)) if eta else 0.0
+    u = torch.rand(x_t.shape, dtype=wide(x_t.device), device=x_t.device, generator=generator)
+    reveal = masked & (u < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
+    remask = ~masked & ~given & (u < sigma) if eta else torch.zeros_like(masked)
+    return reveal, remask
+
+
+def ancestral(denoise, x, alphas, mask_id, draw=draw_tokens, eta=0.0, generator=None, callback=None):
+    """Reveals the [mask]s of x (n, L) along alphas, an increasing grid from alpha_1 to alpha_0; what x already holds stays."""
+    given = x != mask_id
+    x = x.clone()
+    for i, (alpha_t, alpha_s) in enumerate(pairs(alphas)):
+        reveal, remask = choose(x, alpha_t, alpha_s, mask_id, eta, given, generator)
+        if reveal.any():
+            x[reveal] = draw(denoise(x, reveal), generator=generator)
+        x[remask] = mask_id
+        if callback:
+            callback(i, x)
+    return x
+
+
+def pairs(alphas):
+    """(alpha_t, alpha_s) of every step; whatever alpha_0 is, the last step leaves no [mask]."""
+    return zip(alphas[:-1], torch.cat([alphas[1:-1], alphas.new_ones(1)]))
+
+
+def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callback=None):
+    """The limit of infinitely many ancestral steps in at most L calls (Zheng et al., 2025): one position at a time, in random order.
+
+    Exact because the denoiser does not see the time: only the order of the reveals matters, and every order is equally likely.
+    """
+    masked = x == mask_id
+    order = torch.rand(x.shape, device=x.device, generator=generator).masked_fill(~masked, 2).argsort(dim=1)
+    x = x.clone()
+    for i in range(int(masked.sum(dim=1).max())):
+        where = torch.zeros_like(masked).scatter_(1, order[:, i:i + 1], True) & masked
+        x[where] = draw(denoise(x, where), generator=generator)
+        if callback:
+            callback(i, x)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the method
+
+def masked_rows(mask, total, uniform=True):
+    """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed before the mask is drawn.
+
+    A fixed shape keeps the step free of host synchronisation and of recompilation. The slots hold the mean count + 6 sigma for
+    stratified uniform t: b of the batch's `total` strata without replacement, then L coins each. For other times: every position.
+    -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
+    """
+    b, L = mask.shape
+    variance = b * L / 6 + L**2 / 12 * (b * (1 - b / total) + (b / total) ** 2)
+    capacity = min(b * L, int(b * L / 2 + 6 * variance**0.5) + 1) if uniform else b * L
+    flat = mask.flatten()
+    rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
+    return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)
+
+
+@dataclass
+class Config:
+    vocab_size: int = 0  # from the data; id vocab_size is [mask]
+    block_size: int = 0  # L
+    hidden: int = 384
+    num_layers: int = 6
+    num_heads: int = 6
+    cond_dim: int = 128
+    dropout: float = 0.0
+    schedule: str = 'linear'  # linear | polynomial | geometric
+    weighting: str = 'elbo'  # elbo: -alpha'/(1-alpha) | constant: 1 (the paper's choice on text)
+
+
+class MDLM(nn.Module):
+    strategies, samplers = ('joint',), ('ancestral', 'first_hitting', 'remdm')
+
+    def __init__(self, config, num_latents=0):
+        super().__init__()
+        c = self.config = config
+        self.mask_id = c.vocab_size
+        self.embed = nn.Embedding(c.vocab_size + 1, c.hidden)
+        modalities = 2 if num_latents else 1  # LADD is this class with a second modality
+        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.block_size + num_latents, modalities, c.dropout)
+        self.head = nn.Linear(c.hidden, c.vocab_size)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def corrupt(self, x, t, noise):
+        """q(x_t | x_0): x (b, L), t (b,) -> x_t with [mask]s, and where they are (b, L)."""
+        mask = noise.uniform('mask', x.shape[1]) < 1 - alpha(t, self.config.schedule)[:, None]
+        return x.masked_fill(mask, self.mask_id), mask
+
+    def forward(self, x, noise):
+        """Training loss per token of x (b, L) int64, and logs."""
+        t = 1e-4 + (1 - 1e-4) * noise.times('t_x')
+        x_t, mask = self.corrupt(x, t, noise)
+        h = self.dit(self.embed(x_t))
+        loss, overflow = self.token_loss(h, x, mask, t, noise.total)
+        return loss, {'loss': loss.detach(), 'overflow': overflow}
+
+    def token_loss(self, h, x, mask, t, total, uniform=True):
+        """The weighted cross-entropy at the masked positions, per token: LADD eq. (6), (12). h (b, L, d) -> scalar, overflow count."""
+        rows, used, overflow = masked_rows(mask, total, uniform)
+        weight = elbo_weight(t, self.config.schedule) if self.config.weighting == 'elbo' else torch.ones_like(t)
+        weights = weight.repeat_interleave(x.shape[1])[rows] * used / x.numel()
+        return head_cross_entropy(self.head, h.flatten(0, 1)[rows], x.flatten()[rows], weights), overflow
+
+    @torch.no_grad()
+    def nll(self, x, noise):
+        """Unbiased one-time estimate of the negative ELBO, >= -log p(x): x (b, L) -> nats per sequence (b,)."""
+        t = noise.times('t_x')
+        x_t, mask = self.corrupt(x, t, noise)
+        return elbo_weight(t, self.config.schedule) * self.masked_nll(self.dit(self.embed(x_t)), x, mask) + self.reconstruction(x, noise)
+
+    def masked_nll(self, h, x, mask):
+        """Sum over the masked positions of -log p(x_l | x_t): h (b, L, d) -> nats (b,)."""
+        nats = torch.zeros(x.shape, device=x.device)
+        nats[mask] = head_nll(self.head, h[mask], x[mask])
+        return nats.sum(dim=1)
+
+    def reconstruction(self, x, noise):
+        """E[-log p(x_0 | x_t)] at t = 0, LADD eq. (53): nothing unless the schedule starts below alpha = 1 (geometric)."""
+        if self.config.schedule != 'geometric':
+            return 0.0
+        x_0, mask = self.corrupt(x, torch.zeros(len(x), device=x.device), noise)
+        return self.masked_nll(self.dit(self.embed(x_0)), x, mask)
+
+    def denoise(self, x_t, where):
+        """Logits (where.sum(), V) at the positions where; sequences in which nothing is asked are skipped."""
+        active = where.any(dim=1)
+        return self.head(self.dit(self.embed(x_t[active]))[where[active]])
+
+    @torch.no_grad()
+    def sample(self, n, steps, sampler='ancestral', eta=1.0, temperature=1.0, top_p=1.0, x=None, generator=None, callback=None):
+        """-> (n, L) ids. x: (n, L) start with [mask]s to fill (default: all masked); callback(step, x) sees every step."""
+        device = self.head.weight.device
+        if x is None:
+            x = torch.full((n, self.config.block_size), self.mask_id, device=device)
+        return run_sampler(self.denoise, x, self.mask_id, steps, self.config.schedule, sampler, eta, temperature, top_p, generator, callback)
+
+    def flops(self, L):
+        """Forward FLOPs of one denoiser call by the paper's formula: one per fused multiply-add, no head."""
+        return self.dit.flops(L)
+
+
+def run_sampler(denoise, x, mask_id, steps, schedule, sampler, eta, temperature, top_p, generator, callback):
+    """Token sampling by name, for the methods' `sample`."""
+    def draw(logits, generator):
+        return draw_tokens(logits, temperature, top_p, generator)
+    if sampler == 'first_hitting':
+        return first_hitting(denoise, x, mask_id, draw, generator, callback)
+    alphas = alpha(time_grid(steps, x.device), schedule)
+    return ancestral(denoise, x, alphas, mask_id, draw, eta if sampler == 'remdm' else 0.0, generator, callback)

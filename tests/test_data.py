@@ -1,0 +1,439 @@
+"""data/: text -> tokens -> chunks. No network, no corpus: every tokenizer is built here."""
+import json, os, shutil, signal, subprocess, sys, time
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import data.common as common
+import data.lm1b.prepare, data.openwebtext.prepare, data.shakespeare_char.prepare, data.text.prepare, data.zeroshot.prepare
+from configurator import UserError
+
+ODD = 'naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u202eabc\u202c \x00 [MASK] <|endoftext|> 中文\ufeff\uffff\n'
+
+
+@pytest.fixture(autouse=True)
+def sandbox(tmp_path, monkeypatch):
+    """Write to a folder of our own, and put back the handler of SIGTERM that write() sets."""
+    monkeypatch.setattr(common, 'DATA', str(tmp_path / 'data'))
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def tiny_bpe():
+    """A byte-level BPE (lossless, as GPT-2's and Qwen's) of about 300 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(['the cat sat on the mat, the naïve cat'] * 9, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return tok
+
+
+def word_level(path, words, **specials):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tok, **specials).save_pretrained(path)
+    return str(path)
+
+
+def hf_folder(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    PreTrainedTokenizerFast(tokenizer_object=tiny_bpe(), eos_token='<|endoftext|>').save_pretrained(tmp_path / 'hf')
+    return str(tmp_path / 'hf')
+
+
+def qwen_folder(tmp_path):
+    (tmp_path / 'qwen').mkdir()
+    tiny_bpe().model.save(str(tmp_path / 'qwen'))  # vocab.json and merges.txt, nothing else
+    return str(tmp_path / 'qwen')
+
+
+def tiktoken_gpt2(tmp_path, monkeypatch):
+    import tiktoken
+    bytes_only = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={'<|endoftext|>': 50256})
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: bytes_only)
+    return 'gpt2'
+
+
+def cli(module, monkeypatch, *argv):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, argv)])
+    try:
+        common.run(module.main)
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def save(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def everything(name, split):
+    return np.fromfile(os.path.join(common.DATA, name, split + '.bin'), json.load(open(os.path.join(common.DATA, name, 'meta.json')))['dtype']).tolist()
+
+
+def snapshot(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# round trips
+
+@pytest.mark.parametrize('kind', ['char', 'gpt2', 'hf', 'qwen'])
+def test_round_trip(kind, tmp_path, monkeypatch):
+    documents = ['the cat\n\nsat', ODD, 'on the mat  ', ' \n\n', ' the end\n']
+    documents = '\n\n\n'.join(documents).split('\n\n\n')  # where a document ends in line breaks, the first three in a row are the separator
+    source = save(tmp_path / 'in.txt', '\n\n\n'.join(documents))
+    name = {'char': lambda: 'char', 'gpt2': lambda: tiktoken_gpt2(tmp_path, monkeypatch),
+            'hf': lambda: hf_folder(tmp_path), 'qwen': lambda: qwen_folder(tmp_path)}[kind]()
+    assert cli(data.text.prepare, monkeypatch, '--input', source, f'--tokenizer={name}', '--name=t', '--workers=1', '--val_fraction=.4') == 0
+    meta = json.load(open(tmp_path / 'data/t/meta.json'))
+    tok = common.load_tokenizer(meta)
+    assert (meta['train']['documents'], meta['val']['documents']) == (3, 2)
+    ids = everything('t', 'train') + everything('t', 'val')
+    assert ids.count(tok.eos_id) == 5  # "<|endoftext|>" in the text is not EOS
+    texts, start = [], 0
+    for i, token in enumerate(ids):
+        if token == tok.eos_id:
+            texts.append(tok.decode(ids[start:i]))
+            start = i + 1
+    import unicodedata
+    same = (lambda s: unicodedata.normalize('NFC', s)) if kind == 'qwen' else str
+    assert texts == [same(d) for d in documents]
+    assert max(ids) < tok.vocab_size == meta['vocab_size']
+    assert tok.decode(tok.encode('the cat')) == 'the cat' and tok.spec == meta['tokenizer'] == common.load_tokenizer(str(tmp_path / 'data/t')).spec
+
+
+def test_bert_has_sep_and_cls(tmp_path):
+    path = word_level(tmp_path / 'bert', ['[UNK]', 'a', 'b', '[SEP]', '[CLS]'], unk_token='[UNK]', sep_token='[SEP]', cls_token='[CLS]')
+    tok = common.load_tokenizer(path)
+    assert (tok.eos_id, tok.bos_id, tok.vocab_size) == (3, 4, 5) and tok.encode('a b zebra') == [1, 2, 0]
+
+
+def test_char_without_documents_to_join_is_nanogpt(tmp_path, monkeypatch):
+    text = 'First Citizen:\nBefore we proceed\n\n\nany further, hear me speak.' * 9
+    assert cli(data.shakespeare_char.prepare, monkeypatch, '--input', save(tmp_path / 'in.txt', text)) == 0
+    tokens = common.Tokens('shakespeare_char', 'train', 8)
+    assert tokens.vocab_size == len(set(text)) and tokens.meta['eos_id'] is None and len(tokens.ids) == int(len(text) * .9)
+    decode = common.load_tokenizer(tokens.tokenizer).decode
+    assert decode(everything('shakespeare_char', 'train')) + decode(everything('shakespeare_char', 'val')) == text
+    with pytest.raises(UserError, match='é'):
+        common.load_tokenizer(tokens.tokenizer).encode('é')
+
+
+@pytest.mark.parametrize('split, separator', [(r'\n\n\n', '\n\n\n'), ('line', '\n'), ('file', None), ('<d>', '<d>')])
+def test_documents_whatever_the_blocks(split, separator, tmp_path, monkeypatch):
+    text = 'a\n\n\n\nb\n \n\n<d><d\n>c\n\n\nd<d>\n'
+    monkeypatch.setattr(common, 'PIECE', 7)
+    for size in range(1, 9):
+        blocks = [text[i:i + size] for i in range(0, len(text), size)]
+        documents = ['']
+        for piece, ends in common.split_documents(blocks, separator):
+            documents[-1] += piece
+            documents += [''] * ends
+        assert documents.pop() == '' and documents == [d for d in (text.split(separator) if separator else [text]) if d]
+
+
+def test_long_document_goes_out_in_pieces(tmp_path, monkeypatch):
+    text = 'the cat sat\non the mat\n\n' * 500
+    tok = hf_folder(tmp_path)
+    for piece in (1 << 20, 300):
+        monkeypatch.setattr(common, 'PIECE', piece)
+        source = save(tmp_path / 'in.txt', text)
+        assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=file', '--tokenizer', tok, f'--name=p{piece}', '--workers=1') == 0
+    assert snapshot(tmp_path / 'data/p300') == snapshot(tmp_path / f'data/p{1 << 20}')  # the same ids: the cuts are where the tokenizer cuts
+
+
+def test_above_65535_ids(tmp_path, monkeypatch):
+    path = word_level(tmp_path / 'big', [f'w{i}' for i in range(70_000)], eos_token='w0')
+    source = save(tmp_path / 'in.txt', 'w69999 w65536\nw1 w65535\nw7')
+    assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=line', '--tokenizer', path, '--name=big', '--workers=1') == 0
+    tokens = common.Tokens('big', 'train', 3)
+    assert tokens.ids.dtype == np.uint32 and tokens.vocab_size == 70_000 and tokens.rows([1, 0]).tolist() == [[1, 65535, 0], [69999, 65536, 0]]
+
+
+def test_workers_do_not_change_the_files(tmp_path, monkeypatch):
+    tok, source = hf_folder(tmp_path), save(tmp_path / 'in.txt', '\n'.join(f'the cat {i} sat' for i in range(3000)))
+    monkeypatch.setattr(common, 'PIECE', 4000)
+    for n in (1, 2):
+        assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=line', '--tokenizer', tok, f'--name=w{n}', f'--workers={n}') == 0
+    assert snapshot(tmp_path / 'data/w1') == snapshot(tmp_path / 'data/w2')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chunks
+
+def prepared(name='t', n=1000, **kwargs):
+    """Documents of 9 digits: with the character tokenizer, ids 0 .. 9 and EOS = 10."""
+    common.write(name, {'train': lambda: ((f'{i:09d}', True) for i in range(n))}, 'char', tail=0.1, **kwargs)
+    return common.Tokens(name, 'train', 16)
+
+
+def test_batch_is_a_function_of_seed_step_and_row():
+    tokens = prepared()
+    x = tokens.batch(1, 5, torch.arange(8))
+    assert x.shape == (8, 16) and x.dtype == torch.int64
+    assert torch.equal(x[1::2], tokens.batch(1, 5, torch.arange(1, 8, 2))) and torch.equal(x[3:4], common.Tokens('t', 'train', 16).batch(1, 5, [3]))
+    assert not torch.equal(x, tokens.batch(1, 6, torch.arange(8))) and not torch.equal(x, tokens.batch(2, 5, torch.arange(8)))
+    stream = ''.join(map(chr, tokens.ids))
+    assert all(''.join(map(chr, row)) in stream for row in x.tolist())
+
+
+def test_every_place_is_drawn_equally_often(monkeypatch):
+    tokens = prepared()
+    starts = []
+    monkeypatch.setattr(tokens, 'chunks', starts.extend)
+    tokens.ids = tokens.ids[:22]  # 7 places for a chunk of 16
+    tokens.batch(0, 0, range(7000))
+    assert set(starts) == set(range(7)) and np.abs(np.bincount(starts) - 1000).max() < 150
+    tokens.ids = range(9_000_000_000)  # all that is asked of it is its length
+    starts.clear()
+    tokens.batch(0, 0, range(4000))
+    assert len(set(starts)) == 4000 and max(starts) <= 9_000_000_000 - 16 and np.std(np.array(starts) % 1000) > 280  # uniform: 289; no lattice
+
+
+def test_rows_lie_side_by_side():
+    tokens = prepared()
+    assert len(tokens) == 9000 // 16 and torch.equal(tokens.rows(range(len(tokens))).flatten(), torch.tensor(tokens.ids[:len(tokens) * 16].astype(int)))
+    assert torch.equal(tokens.row(3), tokens.rows([2, 3])[1])
+    for i in (-1, len(tokens)):
+        with pytest.raises(IndexError):
+            tokens.row(i)
+
+
+def test_wrap_is_the_protocol_of_mdlm():
+    tokens = prepared(wrap=True)
+    assert tokens.meta['wrap'] and 'BOS' in tokens.meta['packing']
+    x, stream = tokens.rows(range(len(tokens))), prepared('plain').ids
+    assert len(tokens) == 9000 // 14 and (x[:, 0] == 10).all() and (x[:, -1] == 10).all()
+    assert np.array_equal(x[:, 1:-1].flatten(), stream[:len(tokens) * 14])  # MDLM's _group_texts: block_size - 2 ids of the stream in each chunk
+    y = tokens.batch(0, 0, [0, 1])
+    assert y.shape == (2, 16) and (y[:, 0] == 10).all() and (y[:, -1] == 10).all()
+    with pytest.raises(UserError, match='EOS'):
+        common.write('one', {'train': lambda: iter([('abc', True)])}, 'char', tail=0.1, wrap=True)
+
+
+def test_split_rules():
+    common.write('k', {'train': lambda: ((str(i), True) for i in range(10))}, 'char', tail=3, rule='last 3 documents')
+    meta = common.read_meta(os.path.join(common.DATA, 'k'))
+    assert (meta['train']['documents'], meta['val']['documents'], meta['split_rule']) == (7, 3, 'last 3 documents')
+    assert everything('k', 'val') == [7, 10, 8, 10, 9, 10]
+    with pytest.raises(UserError, match='--val_documents'):
+        common.write('k2', {'train': lambda: ((str(i), True) for i in range(3))}, 'char', tail=3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what can go wrong
+
+def interrupted():
+    for i in range(1000):
+        if i == 900:
+            raise KeyboardInterrupt
+        yield f'{i:09d}', True
+
+
+def test_interrupted_write(tmp_path, monkeypatch):
+    folder = tmp_path / 'data/t'
+    monkeypatch.setattr(common, 'PIECE', 400)
+    spec = {'kind': 'char', 'chars': '0123456789', 'eos': True}
+    with pytest.raises(KeyboardInterrupt):
+        common.write('t', {'train': interrupted}, spec, tail=0.1)
+    assert not folder.exists()
+    prepared()
+    whole = snapshot(folder)
+    with pytest.raises(KeyboardInterrupt):  # a second run over a good set
+        common.write('t', {'train': interrupted}, spec, tail=0.1)
+    assert snapshot(folder) == whole
+    for die_after in (1, 2, 3):  # killed between the renames, with no time to clean up: what is left is not a set
+        real = os.replace
+        replaced = []
+        def replace(a, b):
+            if len(replaced) == die_after - 1:
+                os._exit(9)
+            replaced.append(real(a, b))
+        child = os.fork()
+        if child == 0:
+            os.replace = replace
+            prepared(n=500)
+        assert os.waitpid(child, 0)[1] == 9 << 8
+        with pytest.raises(UserError, match='no prepared data'):
+            common.Tokens('t', 'train', 16)
+        prepared()
+        assert snapshot(folder) == whole
+
+
+def test_sigterm_and_sigkill(tmp_path, monkeypatch):
+    """From outside: the script is stopped in the middle; the next run gives what an undisturbed one does, and no worker outlives it."""
+    for part in ('configurator.py', 'noise.py', 'data/common.py', 'data/text/prepare.py'):
+        os.makedirs(os.path.dirname(tmp_path / part), exist_ok=True)
+        shutil.copy(os.path.join(ROOT, part), tmp_path / part)
+    source = save(tmp_path / 'in.txt', 'the cat sat on the mat\n' * 200_000)
+    assert cli(data.text.prepare, monkeypatch, '--input', save(tmp_path / 'v.txt', 'the cat sat on m\n!'), '--split=line', '--tokenizer=char', '--name=v', '--workers=1') == 0
+    tok = str(tmp_path / 'data/v')  # its tokenizer
+    command = [sys.executable, 'data/text/prepare.py', '--input', str(source), '--split=line', '--tokenizer', tok, '--name=t', '--workers=2']
+    folder = tmp_path / 'data/t'
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not (folder / 'train.bin.tmp').exists() or not (folder / 'train.bin.tmp').stat().st_size:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.02)
+        run.send_signal(sign)
+        run.communicate(timeout=20)  # also waits until the last worker has closed standard error
+        assert run.returncode == (143 if sign == signal.SIGTERM else -9)
+        assert sign == signal.SIGKILL or not folder.exists()
+    assert not (folder / 'meta.json').exists() and not (folder / 'train.bin').exists()
+    assert cli(data.text.prepare, monkeypatch, '--input', save(source, 'the cat\n' * 9), '--split=line', '--tokenizer', tok, '--name=t', '--workers=1') == 0
+    assert sorted(snapshot(folder)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+BAD = [  # arguments, what the line says
+    (data.text.prepare, ['--input', 'empty.txt'], 'no text'),
+    (data.text.prepare, ['--input', 'latin.txt'], 'latin.txt is not UTF-8'),
+    (data.text.prepare, ['--input', 'good.txt', 'cut.txt'], 'cut.txt is not UTF-8'),
+    (data.text.prepare, ['--input', 'nowhere.txt'], 'nowhere.txt'),
+    (data.text.prepare, ['--input', '.'], 'no file'),
+    (data.text.prepare, [], '--input'),
+    (data.text.prepare, ['--input', 'good.txt', '--tokeniser=char'], '--tokenizer'),
+    (data.text.prepare, ['--input', 'good.txt', '--tokenizer=./nowhere'], './nowhere'),
+    (data.text.prepare, ['--input', 'good.txt', '--name=../x'], '--name'),
+    (data.text.prepare, ['--input', 'good.txt', '--split='], '--split'),
+    (data.text.prepare, ['--input', 'good.txt', '--val_fraction=1.5'], '--val_fraction'),
+    (data.text.prepare, ['--input', 'good.txt', '--workers=0'], '--workers'),
+    (data.text.prepare, ['--input', 'good.txt', '--workers=two'], '--workers'),
+    (data.text.prepare, ['--input', 'good.txt', '--split=file', '--wrap'], '--wrap'),
+    (data.text.prepare, ['--input', 'good.txt', '--name=good.txt', '--tokenizer=good.txt'], 'good.txt'),
+    (data.shakespeare_char.prepare, ['--input', 'empty.txt'], 'no text'),
+    (data.openwebtext.prepare, ['--input', 'good.txt'], '--val_documents'),
+    (data.openwebtext.prepare, ['--input', 'broken.parquet'], 'broken.parquet'),
+    (data.lm1b.prepare, ['--input', 'good.txt'], '--val'),
+    (data.zeroshot.prepare, ['--input', 'good.txt'], '--set'),
+    (data.zeroshot.prepare, ['--set=imdb'], 'imdb'),
+]
+
+
+@pytest.mark.parametrize('module, argv, says', BAD, ids=[f'{m.__name__.split(".")[1]} {" ".join(a)}' for m, a, _ in BAD])
+def test_mistakes_are_one_line(module, argv, says, tmp_path, monkeypatch, capsys):
+    save(tmp_path / 'good.txt', 'one\n\n\ntwo')
+    save(tmp_path / 'empty.txt', '')
+    (tmp_path / 'latin.txt').write_bytes('good\n\n\ncaf\u00e9 au lait'.encode('latin1'))
+    (tmp_path / 'cut.txt').write_bytes('caf\u00e9'.encode()[:-1])
+    (tmp_path / 'broken.parquet').write_bytes(b'PAR1 no')
+    if 'parquet' in ' '.join(argv):
+        pytest.importorskip('pyarrow')
+    if '--tokenizer' not in ' '.join(argv) and module is not data.zeroshot.prepare:
+        argv = ['--tokenizer=char', *argv]
+    monkeypatch.setattr(common, 'cache_only_if_offline', lambda: monkeypatch.setenv('HF_HUB_OFFLINE', '1'))
+    assert cli(module, monkeypatch, *argv) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and says in err
+    assert [p for p in (tmp_path / 'data').rglob('*') if p.is_file()] == []
+
+
+def test_without_datasets(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    monkeypatch.setattr(common, 'cache_only_if_offline', lambda: None)
+    for module in (data.openwebtext.prepare, data.lm1b.prepare):
+        assert cli(module, monkeypatch, '--tokenizer=char') == 2
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and 'pip install datasets' in err and '--input FILE' in err
+
+
+def test_shrunk_or_grown_file(tmp_path):
+    prepared()
+    path = tmp_path / 'data/t/train.bin'
+    whole = path.read_bytes()
+    for content, word in ((whole[:-2], 'shrank'), (b'', 'shrank'), (whole + b'xx', 'grew')):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f'data file {word}.*prepare.py.*again'):
+            common.Tokens('t', 'train', 16)
+    path.unlink()
+    with pytest.raises(UserError, match='shrank'):
+        common.Tokens('t', 'train', 16)
+
+
+def test_tokens_refuses(tmp_path):
+    prepared()
+    for name, split, block_size, says in (('nowhere', 'train', 16, '--name=nowhere'), ('t', 'test', 16, 'no test split'),
+                                          ('t', 'train', 9001, 'block_size 9001'), ('t', 'train', 0, 'block_size 0')):
+        with pytest.raises(UserError, match=says) as e:
+            common.Tokens(name, split, block_size)
+        assert '\n' not in str(e.value)
+    tokens = common.open_data(str(tmp_path / 'data/t'), 'train', 9000)  # a path works, too
+    assert len(tokens) == 1 and tokens.block_size == 9000
+
+
+def test_damaged_meta(tmp_path):
+    prepared()
+    path = tmp_path / 'data/t/meta.json'
+    good = json.loads(path.read_text())
+    bad = [b'', b'{', b'null', b'[]', b'3', b'"meta"', b'{}', b'\xff\xfe', b'[' * 100_000, path.read_bytes()[:-20]]
+    for key in ('dtype', 'vocab_size', 'tokenizer', 'eos_id', 'wrap', 'train', 'bos_id'):
+        bad += [json.dumps({k: v for k, v in good.items() if k != key}).encode()] if key != 'train' else []
+        bad += [json.dumps(good | {key: value}).encode() for value in ('float16', -1, [], {}, 1.5, 10**30 if key != 'vocab_size' else 0)]
+    bad += [json.dumps(good | {'train': {'tokens': n}}).encode() for n in (-9000, '9000', None, 0, 9e3, True)]
+    for content in bad:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r'(damaged|shrank|no train split)') as e:
+            common.Tokens('t', 'train', 16)
+        assert '\n' not in str(e.value), content[:80]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the other scripts
+
+def test_lm1b_and_zeroshot(tmp_path, monkeypatch):
+    save(tmp_path / 'train.txt', 'The U.S. , he said : " yes " .\nIt \'s $ 5 ( five ) ?\n')
+    save(tmp_path / 'val.txt', 'No , he did n\'t .\n')
+    assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1', '--input', 'train.txt', '--val', 'val.txt') == 0
+    decode = common.load_tokenizer(str(tmp_path / 'data/lm1b')).decode
+    assert decode(everything('lm1b', 'train')) == 'The U.S., he said: "yes" .<|endoftext|>It\'s $5 (five)?<|endoftext|>'
+    save(tmp_path / 'ptb.txt', ' the $ N N <unk> did n\'t s \' fall \n\n it \'s\n'.replace('s \' fall', 'fall'))
+    save(tmp_path / 'ptb_vocabulary.txt', 'the $ 1 ?\'didn fall it s\n')
+    assert cli(data.text.prepare, monkeypatch, '--tokenizer=char', '--workers=1', '--input', 'ptb_vocabulary.txt', 'ptb.txt', '--name=v') == 0
+    argv = '--workers=1', '--set=ptb', '--input', 'ptb.txt'
+    assert cli(data.zeroshot.prepare, monkeypatch, f'--tokenizer={tmp_path}/data/v', *argv) == 0
+    tokens = common.Tokens('zeroshot/ptb', 'val', 4)
+    assert common.load_tokenizer(tokens.meta).decode(tokens.ids) == "the $1 1 ? didn't fall<|endoftext|>it's<|endoftext|>"
+    assert not (tmp_path / 'data/zeroshot/ptb/train.bin').exists()
+    with pytest.raises(UserError, match='no train split'):
+        common.Tokens('zeroshot/ptb', 'train', 4)
+    assert cli(data.zeroshot.prepare, monkeypatch, '--tokenizer=char', *argv) == 2
+
+
+def test_parquet(tmp_path, monkeypatch, capsys):
+    pyarrow = pytest.importorskip('pyarrow')
+    import pyarrow.parquet
+    for name, column in (('x.parquet', 'text'), ('y.parquet', 'sentence')):
+        pyarrow.parquet.write_table(pyarrow.table({column: ['one', '', 'two\n\n\nand', 'three'], 'id': [1, 2, 3, 4]}), tmp_path / name)
+    argv = '--tokenizer=char', '--workers=1', '--val_documents=1', '--input'
+    assert cli(data.openwebtext.prepare, monkeypatch, *argv, 'x.parquet') == 0
+    tok = common.load_tokenizer(str(tmp_path / 'data/openwebtext'))
+    assert tok.decode(everything('openwebtext', 'train')) == 'one<|endoftext|>two\n\n\nand<|endoftext|>'
+    assert tok.decode(everything('openwebtext', 'val')) == 'three<|endoftext|>'
+    assert cli(data.openwebtext.prepare, monkeypatch, *argv, 'y.parquet') == 2 and 'y.parquet' in capsys.readouterr().err
+
+
+def test_hub(tmp_path, monkeypatch, capsys):
+    """With a stand-in for `load_dataset`: what we ask it for, what we make of its rows, and what we say when it fails."""
+    datasets = pytest.importorskip('datasets')
+    asked, rows = [], datasets.Dataset.from_dict({'sentence': ['a', '', 'b c'], 'text': ['d', 'e\n', 'f']})
+    monkeypatch.setattr(common, 'cache_only_if_offline', lambda: None)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: asked.append((*args, kwargs['split'])) or rows)
+    assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1') == 0
+    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')} and common.Tokens('lm1b', 'val', 3).row(0).tolist() == [1, 4, 2]  # "d", EOS, "e"
+    assert list(common.read_hub('x', split='test', column='sentence')) == [('a', True), ('b c', True)]
+    assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2 and 'incomplete' in capsys.readouterr().err  # not 8,013,769 documents
+    def offline(*args, **kwargs):
+        raise ConnectionError('no route\nto host')
+    monkeypatch.setattr(datasets, 'load_dataset', offline)
+    assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'no route' in err and '--input FILE' in err

@@ -1,0 +1,340 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import mdlm
+import train
+from configurator import UserError
+from noise import Noise
+
+
+class Toy:
+    """16 tokens of 4, each the one before it plus 0 or 1."""
+    vocab_size, block_size = 4, 16
+
+    def batch(self, seed, step, rows):
+        return (Noise(seed, step, rows, 1).uniform('toy', 16) * 2).long().cumsum(dim=1) % 4
+
+    def rows(self, idx):
+        return self.batch(1234, 0, idx)
+
+    def __len__(self):
+        return 50
+
+
+def open_toy(name, split, block_size):
+    return Toy()
+
+
+TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--dtype=float32', '--batch_size=8', '--learning_rate=3e-3',
+        '--log_interval=1', '--eval_seqs=20', '--dataset=toy', '--device=cpu']
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, 'open_data', open_toy)
+    monkeypatch.chdir(tmp_path)
+
+
+def log(name):
+    with open(f'{name}/log.jsonl') as f:
+        return [json.loads(line) for line in f]
+
+
+def losses(name):
+    return [(r['step'], r['loss'], r['grad_norm']) for r in log(name) if 'loss' in r]
+
+
+def go(name, *args):
+    train.main([*TINY, f'--out_dir={name}', *args])
+    return losses(name)
+
+
+def weights(name):
+    c = checkpoint.load(f'{name}/ckpt.pt')
+    return {**c['model'], **{'ema.' + k: v for k, v in c['ema'].items()}}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ----------------------------------------------------------------------------
+# it trains, and says so
+
+def test_it_learns_and_reports(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Toy, 'report', lambda self, method: seen.append((method.training, [p.clone() for p in method.parameters()])), raising=False)
+    log4 = 1.386
+    go('a', '--max_iters=150', '--eval_interval=50', '--ema=0.9', '--learning_rate=1e-2', '--warmup_iters=10', '--decay_lr=cosine', '--min_lr=0.1')
+    records = log('a')
+    val = [r for r in records if 'val_loss' in r]
+    assert [r['step'] for r in val] == [50, 100, 150] and val[-1]['val_loss'] < 1.3 < log4
+    rates = [r['lr'] for r in records if 'lr' in r]
+    assert rates[0] == pytest.approx(1e-3) and max(rates) == 1e-2 and rates[-1] == pytest.approx(1e-3, rel=0.01)
+    out = capsys.readouterr().out
+    assert out.startswith('mdlm on toy: 0.01M parameters') and 'GFLOPs per denoiser call; 128 tokens per step' in out
+    ckpt = checkpoint.load('a/ckpt.pt')
+    assert ckpt['step'] == 150 and ckpt['tokens'] == 150 * 128 and ckpt['config']['vocab_size'] == 4 and ckpt['config']['block_size'] == 16
+    (training, params), = seen  # the data's report gets the averaged weights
+    assert not training and all(torch.equal(p, e) for p, e in zip(params, ckpt['ema'].values()))
+    assert sorted(os.listdir('a')) == ['ckpt.pt', 'log.jsonl']
+
+
+def test_validation_does_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    method = checkpoint.build(dict(method='mdlm', vocab_size=4, block_size=16, hidden=16, num_layers=1, num_heads=2, cond_dim=8))
+    torch.nn.init.normal_(method.head.weight)
+    values = [train.evaluate(method, Toy(), n, batch, 0, 1, torch.device('cpu')) for n, batch in [(20, 20), (20, 7), (20, 1)]]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------
+# stop and go on
+
+TWO_STAGES = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--codebook_size=4', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1',
+              '--vq_start=5', '--stage1_iters=20']
+
+
+class Killed(Exception):
+    pass
+
+
+def raise_at(monkeypatch, method, step, action):
+    forward = method.forward
+
+    def wrapped(self, x, noise):
+        if noise.step == step and self.training:
+            action()
+        return forward(self, x, noise)
+    monkeypatch.setattr(method, 'forward', wrapped)
+
+
+def killed():
+    raise Killed
+
+
+@pytest.mark.parametrize('method, at', [('mdlm', 15), ('ladd', 15), ('ladd', 25)])
+def test_kill_and_resume_give_the_same_next_losses(monkeypatch, method, at):
+    if method == 'ladd':
+        pytest.importorskip('ladd')
+    args = ['--dropout=0.1', '--max_iters=40', '--eval_interval=10', '--decay_lr=linear', *(TWO_STAGES if method == 'ladd' else [])]
+    whole = go('whole', *args)
+    with monkeypatch.context() as m:
+        raise_at(m, checkpoint.method_class(method)[0], at, killed)
+        with pytest.raises(Killed):
+            go('parts', *args)
+    assert checkpoint.load('parts/ckpt.pt')['step'] == at - 5
+    assert len(losses('parts')) == at  # five records past the checkpoint
+    with open('parts/log.jsonl', 'a') as f:
+        f.write('{"step": 3, "lo')  # and a torn line
+    assert go('parts', *args) == whole
+    assert same(weights('parts'), weights('whole'))
+    strip = lambda name: [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in log(name)]
+    assert strip('parts') == strip('whole')
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(monkeypatch, signum):
+    whole = go('whole', '--max_iters=12')
+    with monkeypatch.context() as m:
+        raise_at(m, mdlm.MDLM, 6, lambda: os.kill(os.getpid(), signum))
+        with pytest.raises(SystemExit) as e:
+            go('parts', '--max_iters=12')
+    assert e.value.code == 128 + signum and checkpoint.load('parts/ckpt.pt')['step'] == 7
+    assert go('parts', '--max_iters=12') == whole
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_scratch_and_going_further(capsys):
+    first = go('a', '--max_iters=5')
+    assert go('a', '--max_iters=5') == first and 'at step 5 of 5; a larger --max_iters goes on' in capsys.readouterr().out
+    more = go('a', '--max_iters=8', '--learning_rate=1e-4', '--beta2=0.95', '--batch_size=4')
+    assert more[:5] == first and len(more) == 8 and log('a')[-1]['step'] == 8
+    assert checkpoint.load('a/ckpt.pt')['tokens'] == (5 * 8 + 3 * 4) * 16
+    assert go('a', '--max_iters=5', '--init_from=scratch') == first
+
+
+# ----------------------------------------------------------------------------
+# bad days
+
+def poison(monkeypatch, steps):
+    forward = mdlm.MDLM.forward
+
+    def wrapped(self, x, noise):
+        loss, logs = forward(self, x, noise)
+        return loss * float('nan') if noise.step in steps else loss, logs
+    monkeypatch.setattr(mdlm.MDLM, 'forward', wrapped)
+
+
+def test_a_loss_that_is_not_finite_leaves_no_trace(monkeypatch):
+    go('clean', '--max_iters=6', '--ema=0')
+    poison(monkeypatch, {6})
+    go('spoilt', '--max_iters=7', '--ema=0')
+    assert same(weights('spoilt'), weights('clean'))
+    a, b = (checkpoint.load(f'{name}/ckpt.pt')['optimizer'] for name in ('spoilt', 'clean'))
+    assert all(same(a[i], b[i]) for i in b)
+    assert [r.get('skipped') for r in log('spoilt')][:8] == [0] * 6 + [1, None]
+    assert log('spoilt')[6]['loss'] is None  # JSON has no NaN
+
+
+def test_three_in_a_row_stop_the_run(monkeypatch):
+    poison(monkeypatch, {2, 3, 6, 12, 13, 14})  # two in a row are forgiven
+    with pytest.raises(SystemExit) as e:
+        go('a', '--max_iters=40', '--eval_interval=10')
+    assert 'not finite in 3 steps in a row, up to step 15' in e.value.code  # a string as exit code: printed, and the code is 1
+    ckpt = checkpoint.load('a/ckpt.pt')
+    assert ckpt['step'] == 10 and all(v.isfinite().all() for v in ckpt['model'].values())
+
+
+def test_three_in_a_row_are_seen_between_two_logs(monkeypatch):
+    poison(monkeypatch, {2, 3, 4})
+    with pytest.raises(SystemExit):
+        go('a', '--max_iters=40', '--eval_interval=10', '--log_interval=10')
+    assert not os.path.exists('a/ckpt.pt')
+
+
+def test_buffers_come_back_after_a_spoilt_step(monkeypatch):
+    ladd = pytest.importorskip('ladd')
+    args = [*TWO_STAGES, '--vq_start=0', '--max_iters=6', '--ema=0']
+    go('clean', *args)
+    forward = ladd.LADD.forward
+    monkeypatch.setattr(ladd.LADD, 'forward', lambda self, x, noise: (lambda r: (r[0] * float('nan'), r[1]) if noise.step == 6 else r)(forward(self, x, noise)))
+    go('spoilt', *args, '--max_iters=7')
+    assert same(weights('spoilt'), weights('clean'))
+
+
+def test_full_disk_at_the_log(monkeypatch):
+    go('a', '--max_iters=5')
+    with monkeypatch.context() as m:
+        write = os.write
+        m.setattr(os, 'write', lambda fd, line: write(fd, line[:20]))
+        with pytest.raises(UserError, match='log.jsonl'):
+            go('a', '--max_iters=9')
+    assert checkpoint.load('a/ckpt.pt')['step'] == 5
+    assert len(go('a', '--max_iters=9')) == 9
+
+
+# ----------------------------------------------------------------------------
+# mistakes by the user: one line, nothing written
+
+@pytest.mark.parametrize('arg, words', [
+    ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'), ('config/none.py', 'cannot read'),
+    ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'), ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16 or float32'),
+    ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'), ('--init_from=best', 'auto, scratch or resume'),
+    ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'negative'), ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'),
+])
+def test_mistakes(arg, words, tmp_path):
+    with pytest.raises(UserError) as e:
+        go('a', arg)
+    assert words in str(e.value) and '\n' not in str(e.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_batch_must_divide_among_the_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    with pytest.raises(UserError, match='does not divide among 3 processes; 6 would'):
+        go('a')
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('arg', ['--hidden=32', '--num_layers=2', '--num_heads=1', '--method=ladd', '--dataset=other'])
+def test_another_shape_is_refused_with_the_way_out(arg):
+    go('a', '--max_iters=2')
+    before = open('a/ckpt.pt', 'rb').read(), open('a/log.jsonl', 'rb').read()
+    with pytest.raises(UserError, match='--init_from=scratch, or give another --out_dir') as e:
+        go('a', '--max_iters=4', arg)
+    assert arg[2:] in str(e.value)
+    assert (open('a/ckpt.pt', 'rb').read(), open('a/log.jsonl', 'rb').read()) == before
+
+
+def test_spoilt_checkpoint_and_blocked_folder():
+    os.mkdir('a')
+    open('a/ckpt.pt', 'w').close()
+    with pytest.raises(UserError, match='--init_from=scratch'):
+        go('a')
+    assert os.listdir('a') == ['ckpt.pt']
+    open('file', 'w').close()
+    with pytest.raises(UserError, match='give another --out_dir'):
+        go('file/a')
+
+
+# ----------------------------------------------------------------------------
+# many processes
+
+SCRIPT = f'import sys; sys.path[:0] = {[os.path.dirname(train.__file__), os.path.dirname(__file__)]!r}\n' \
+         'import test_train, train, configurator\n' \
+         'train.open_data = test_train.open_toy\n' \
+         'configurator.run(train.main)\n'
+
+
+def test_accumulation_equals_one_batch():
+    one = go('one', '--max_iters=10')
+    many = go('many', '--max_iters=10', '--micro_batch=2')
+    assert torch.allclose(torch.tensor(one), torch.tensor(many), rtol=1e-4)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Six steps on two processes that accumulate over two micro-batches, one of which is killed on the way and started again; then one process goes on."""
+    args = ['--eval_interval=2', '--ema=0.9']
+    one = go('one', '--max_iters=10', *args)
+    (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run', """
+import os, mdlm
+forward = mdlm.MDLM.forward
+def wrapped(self, x, noise):
+    if noise.step == 3 and os.environ['RANK'] == '1' and not os.path.exists('killed'):
+        open('killed', 'w').close()
+        os.kill(os.getpid(), 9)
+    return forward(self, x, noise)
+mdlm.MDLM.forward = wrapped
+configurator.run"""))
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', '--monitor-interval=0.1', 'script.py']
+    r = subprocess.run([*torchrun, *TINY, *args, '--out_dir=two', '--max_iters=6', '--micro_batch=2'], capture_output=True, text=True)
+    assert r.returncode == 0 and 'two is at step 2 of 6' in r.stdout, r.stderr
+    two = go('two', '--max_iters=10', *args)
+    assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-3)
+    a, b = weights('one'), weights('two')
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    val = [[r['val_loss'] for r in log(name) if 'val_loss' in r] for name in ('one', 'two')]
+    assert val[0] == pytest.approx(val[1], rel=1e-4)
+
+
+def test_kill_at_any_moment(tmp_path):
+    """kill -9 at 50 random moments, the same command after each: always a checkpoint that loads, whole log lines, no step missing or twice."""
+    args = [*TINY, '--out_dir=a', '--max_iters=100000', '--checkpoint_interval=1', '--eval_interval=7']
+    (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run(train.main)', f"""
+import os, random, signal, time
+random.seed(0)
+train.main({TINY + ['--out_dir=warm', '--max_iters=1']!r})  # what torch imports at its first step, the children need not
+for i in range(50):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        train.main({args!r})
+    time.sleep(random.uniform(0.02, 0.15))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL  # it had not failed before
+    if os.path.exists('a/ckpt.pt'):
+        train.load('a/ckpt.pt')
+    if os.path.exists('a/log.jsonl'):
+        assert open('a/log.jsonl', 'rb').read()[-1:] in (b'', b'\\n')
+"""))
+    r = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    go('a', f'--max_iters={checkpoint.load("a/ckpt.pt")["step"] + 1}')
+    steps = [step for step, _, _ in losses('a')]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 20
+
+
+def test_the_command_itself(tmp_path):
+    """Exit code and standard error as a person sees them."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    r = subprocess.run([sys.executable, 'script.py', '--hiden=8'], capture_output=True, text=True)
+    assert r.returncode == 2 and r.stdout == '' and r.stderr == 'error: unknown key hiden: did you mean hidden?\n'
+    assert os.listdir(tmp_path) == ['script.py']

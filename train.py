@@ -1,0 +1,385 @@
+"""
+Trains any method of this folder on any data set, on one core or many GPUs.
+
+    python train.py config/NAME.py [--key=value ...]                                          -> out/NAME/ckpt.pt, out/NAME/log.jsonl
+    torchrun --standalone --nproc_per_node=8 train.py config/NAME.py [--key=value ...]        the same run, on 8 GPUs
+    python train.py --help                                                                    every key and its default
+
+The same command again continues the run, to the same numbers as if it had never stopped and on any number of processes: data, times and
+masks are functions of (seed, step, global row), see noise.py. Stop it with Ctrl-C or SIGTERM and it saves first.
+"""
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from checkpoint import build, load, method_fields, save
+from configurator import UserError, configure, run
+from data.common import open_data
+from model import DiT
+from noise import Noise
+
+defaults = dict(
+    out_dir='out/run',         # a config file NAME.py makes it out/NAME
+    init_from='auto',          # auto: continue what out_dir holds, start if it holds nothing | scratch: start over | resume: continue or fail
+    method='mdlm',             # mdlm | ladd | ar | ldlm; its own keys (hidden, num_layers ...) are in the Config of its file
+    dataset='sawtooth',        # sawtooth, or a folder of data/ that prepare.py has filled
+    block_size=0,              # tokens per sequence; 0: the data set's own
+    seed=0,
+    # the machine
+    device='auto',             # auto | cpu | cuda | mps
+    dtype='bfloat16',          # of the matrix products (autocast): bfloat16 | float32; weights and moments stay float32
+    compile=False,             # torch.compile the forward pass
+    batch_size=64,             # sequences per step, over all processes
+    micro_batch=0,             # sequences per forward pass of one process; 0: all of its share, otherwise gradients are accumulated
+    # the optimizer: AdamW
+    max_iters=10000,
+    learning_rate=3e-4,
+    warmup_iters=0,            # steps of linear warmup
+    decay_lr='constant',       # after warmup: constant | cosine | linear, down to min_lr * learning_rate at max_iters
+    min_lr=0.0,
+    beta1=0.9,
+    beta2=0.999,
+    weight_decay=0.0,          # of matrices; gains and biases have none
+    grad_clip=1.0,             # norm of the gradient; 0: no clipping
+    ema=0.9999,                # decay of the averaged weights, which are the ones evaluated and sampled from
+    # what is written, and when (in steps)
+    log_interval=10,
+    eval_interval=1000,
+    eval_seqs=512,             # validation sequences per evaluation
+    checkpoint_interval=0,     # 0: at evaluations
+    wandb=False,               # log to Weights & Biases too
+)
+EVAL_SEED = 0xE0A1  # evaluation draws the same times and masks whenever, whatever and wherever we train
+
+
+def check(c, world):
+    """UserError for values of the right type that make no sense together."""
+    share = c.batch_size // world
+    rules = [
+        (c.init_from in ('auto', 'scratch', 'resume'), f'init_from is auto, scratch or resume, not {c.init_from!r}'),  # a HUB_ID will go here
+        (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}'),
+        (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
+        *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
+          ('batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_seqs', 'hidden', 'num_layers', 'num_heads')),
+        *((getattr(c, key) >= 0, f'{key} must not be negative, as {getattr(c, key)} is') for key in
+          ('block_size', 'micro_batch', 'learning_rate', 'warmup_iters', 'min_lr', 'weight_decay', 'grad_clip', 'checkpoint_interval')),
+        *((0 <= getattr(c, key, 0) < 1, f'{key} must be in [0, 1), not {getattr(c, key, 0)}') for key in ('beta1', 'beta2', 'ema', 'dropout')),
+        (c.batch_size % world == 0, f'batch_size={c.batch_size} does not divide among {world} processes; {max(share, 1) * world} would'),
+        (share % (c.micro_batch or 1) == 0, f'micro_batch={c.micro_batch} does not divide the {share} sequences of a process; '
+                                            f'{math.gcd(share, c.micro_batch)} would'),
+    ]
+    for good, message in rules:
+        if not good:
+            raise UserError(message)
+    if hasattr(c, 'num_heads') and c.hidden % (2 * c.num_heads):
+        raise UserError(f'hidden={c.hidden} does not divide into {c.num_heads} heads of an even width')
+
+
+def pick_device(name):
+    """'auto' | 'cpu' | 'cuda' | 'mps' -> torch.device; under torchrun each process takes its own GPU."""
+    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if not there.get(name):
+        raise UserError(f'device={name!r} is not there; this machine has: {", ".join(k for k, v in there.items() if v)}')
+    if name == 'cuda':
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    return torch.device(name)
+
+
+def learning_rate(c, step):
+    """Linear warmup, then constant, half a cosine or a line."""
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / c.warmup_iters
+    x = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)  # 0 ... 1
+    fall = {'constant': 1.0, 'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x}[c.decay_lr]
+    return c.learning_rate * (c.min_lr + (1 - c.min_lr) * fall)
+
+
+def average_gradients(params, loss, world):
+    """Mean over the processes of the gradients, in place, and of the loss, which is returned: one flat all_reduce.
+
+    Not DistributedDataParallel, which must be told which weights take part. Here a weight without gradient (of the frozen stage, say) has none
+    on any process, stays out, and AdamW leaves it untouched. The price is that communication does not overlap with the backward pass.
+    """
+    if world == 1:
+        return loss
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [loss[None]])
+    dist.all_reduce(flat)
+    flat /= world
+    *parts, loss = flat.split([g.numel() for g in grads] + [1])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+    return loss[0]
+
+
+@contextmanager
+def averaged(method, params, ema):
+    """Within, the method is in eval mode and its weights are the averaged ones."""
+    def swap():
+        for p, e in zip(params, ema):
+            p.data, e.data = e.data, p.data
+    swap()
+    method.eval()
+    try:
+        yield
+    finally:
+        swap()
+        method.train()
+
+
+@torch.no_grad()
+def evaluate(method, data, n, batch, rank, world, device):
+    """Bound on -log p in nats per token over the first n validation sequences; the same for every batch size and number of processes."""
+    n, nats = min(n, len(data)), torch.zeros((), dtype=torch.float64)
+    for first in range(rank, n, world * batch):
+        rows = torch.arange(first, min(first + world * batch, n), world)
+        nats += method.nll(data.rows(rows).to(device), Noise(EVAL_SEED, 0, rows.to(device), n)).sum().item()
+    if world > 1:
+        dist.all_reduce(nats)
+    return nats.item() / (n * data.block_size)
+
+
+def open_log(path, step):
+    """log.jsonl for appending, without the records past `step` (they will come again) and without a torn last line. -> write(record)"""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        kept = []
+        if os.path.exists(path):
+            with open(path, 'rb') as f:
+                for line in f:
+                    try:
+                        if json.loads(line)['step'] <= step and line.endswith(b'\n'):
+                            kept.append(line)
+                    except (ValueError, TypeError, KeyError):
+                        continue  # torn by a crash or a full disk
+        with open(path + '.tmp', 'wb') as f:
+            f.writelines(kept)
+        os.replace(path + '.tmp', path)
+        log = os.open(path, os.O_WRONLY | os.O_APPEND)
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror}); give another --out_dir') from e
+
+    def write(record):
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+        line = (json.dumps(record) + '\n').encode()
+        try:
+            whole = os.write(log, line) == len(line)  # one write: a reader never sees half a line
+            reason = 'the disk is full'
+        except OSError as e:
+            whole, reason = False, e.strerror
+        if not whole:
+            raise UserError(f'cannot write {path} ({reason}); the last checkpoint is kept')
+    return write
+
+
+def check_fits(checkpoint, config, method, out_dir):
+    """UserError if out_dir holds a run of another shape. Changed rates, intervals and lengths of training are fine."""
+    old = checkpoint['config']
+    changed = [k for k in ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads') if old.get(k) != config.get(k)]
+    shapes = {k: v.shape for k, v in method.state_dict().items()}
+    if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
+        changed = [k for k in method_fields(config['method']) if old.get(k) != config.get(k)] or ['the code']
+    if changed:
+        was, now = (', '.join(f'{k}={d.get(k, "another one")}' for k in changed) for d in (old, config))
+        raise UserError(f'{out_dir} holds a run with {was}, not {now}; go on with that, or start over with --init_from=scratch, or give another --out_dir')
+
+
+def main(argv):
+    # ------------------------------------------------------------------------
+    # everything that can be wrong, before anything is written
+    config = configure(defaults, argv, method_fields)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    c = SimpleNamespace(**config)
+    check(c, world)
+    device = pick_device(c.device)
+    train_data = open_data(c.dataset, 'train', c.block_size)
+    val_data = open_data(c.dataset, 'val', c.block_size)
+    L = train_data.block_size
+    config.update(vocab_size=train_data.vocab_size, block_size=L)
+
+    torch.manual_seed(c.seed)  # every process begins with the same weights
+    method = build(config)
+    path = os.path.join(c.out_dir, 'ckpt.pt')
+    checkpoint = None
+    if c.init_from == 'resume' or c.init_from == 'auto' and os.path.exists(path):
+        checkpoint = load(path)
+        check_fits(checkpoint, config, method, c.out_dir)
+        method.load_state_dict(checkpoint['model'])
+    start, tokens = (checkpoint['step'], checkpoint['tokens']) if checkpoint else (0, 0)
+    if c.wandb:
+        try:
+            import wandb
+        except ImportError as e:
+            raise UserError('wandb=True needs the package: pip install wandb') from e
+
+    # ------------------------------------------------------------------------
+    # the method, its optimizer and its average
+    method.to(device).train()
+    torch.set_float32_matmul_precision('high')
+    params = list(method.parameters())
+    buffers = [b for name, b in method.named_buffers() if name in method.state_dict()]
+    ema = [p.detach().clone() for p in params]
+    matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}], lr=c.learning_rate,
+                                  betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+    if checkpoint:
+        optimizer.load_state_dict({'state': checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
+        torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name, _ in method.named_parameters()])
+        checkpoint = None  # three copies of the weights
+    names = [name for name, _ in method.named_parameters()]
+    if c.compile:
+        method.compile()  # in place: the names in the state dict stay as they are
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        starts = torch.tensor([start, -start])
+        dist.all_reduce(starts, op=dist.ReduceOp.MAX)
+        if starts.sum() != 0:
+            raise UserError(f'processes begin at steps {-starts[1]} to {starts[0]}: {c.out_dir} must be one folder that all nodes see')
+
+    # ------------------------------------------------------------------------
+    # files and signals
+    if rank == 0:
+        write = open_log(os.path.join(c.out_dir, 'log.jsonl'), start)
+        if c.init_from == 'scratch' and os.path.exists(path):
+            os.remove(path)
+        if c.wandb:
+            wandb.init(project='nanoladd', name=os.path.basename(c.out_dir), dir=c.out_dir, config=config)
+        backbone = sum(p.numel() for m in method.modules() if isinstance(m, DiT) for p in m.parameters())
+        where = torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
+        print(f'{c.method} on {c.dataset}: {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {backbone / 1e6:.2f}M without embeddings and heads; '
+              f'{method.flops(L) / 1e9:.3g} GFLOPs per denoiser call; {c.batch_size * L:,} tokens per step; {world} x {where}, {c.dtype}', flush=True)
+        if start:
+            print(f'{c.out_dir} is at step {start:,} of {c.max_iters:,}' + ('; a larger --max_iters goes on' if start >= c.max_iters else ''), flush=True)
+
+    def record(numbers):
+        if rank == 0:
+            write(numbers)
+            if c.wandb:
+                wandb.log(numbers, step=numbers['step'])
+
+    stop = []  # signals received; the step is finished first, a second signal does not wait
+
+    def on_signal(signum, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(signum)
+    old_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    # ------------------------------------------------------------------------
+    # the loop
+    share = c.batch_size // world
+    micro = c.micro_batch or share
+    rows = rank + world * torch.arange(share)  # interleaved: these rows of the global batch are ours
+    device_rows = rows.to(device)
+    bad_run, worst_run, skipped = torch.zeros(3, device=device)
+
+    def fetch(step):
+        x = train_data.batch(c.seed, step, rows)
+        return x.pin_memory() if device.type == 'cuda' else x
+
+    bar = tqdm(total=c.max_iters, initial=start, disable=rank != 0, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, unit='step')
+    feed = ThreadPoolExecutor(1)
+    try:
+        coming = feed.submit(fetch, start)
+        clock, clock_tokens, done = time.time(), tokens, start
+        for step in range(start, c.max_iters):
+            x = coming.result().to(device, non_blocking=True)  # (share, L)
+            coming = feed.submit(fetch, step + 1)
+            noise = Noise(c.seed, step, device_rows, c.batch_size)
+            torch.manual_seed((c.seed * 1000003 + step) * 65536 + rank & 0x7FFFFFFFFFFFFFFF)  # dropout, too, is a function of the step
+            lr = learning_rate(c, step)
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            if hasattr(method, 'begin_step'):
+                with autocast:
+                    method.begin_step(step, lambda n: train_data.batch(c.seed, step, torch.arange(n)).to(device), noise)
+            before = [b.clone() for b in buffers]
+
+            # gradient
+            loss, logs = 0.0, {}
+            for i in range(0, share, micro):
+                with autocast:
+                    part, part_logs = method(x[i:i + micro], noise[i:i + micro])
+                (part * (micro / share)).backward()
+                loss = loss + part.detach().float() * (micro / share)
+                logs = {k: logs.get(k, 0) + v * (micro / share) for k, v in part_logs.items()}
+            loss = average_gradients(params, loss, world)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
+
+            # step; where loss or gradient is not finite everything stays as it was, decided on the device without asking it
+            bad = ~torch.isfinite(loss + grad_norm)
+            optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # fused AdamW skips the step itself, as it does for a GradScaler
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for b, old in zip(buffers, before):
+                    b.copy_(torch.where(bad, old, b))
+                torch._foreach_lerp_(ema, params, 1 - min(c.ema, (step + 1) / (step + 10)))  # a short run forgets its start, too
+            bad_run = (bad_run + 1) * bad
+            worst_run, skipped = torch.maximum(worst_run, bad_run), skipped + bad
+            tokens += c.batch_size * L
+            bar.update()
+
+            done = step + 1
+            if world > 1:  # all processes stop after the same step
+                flag = torch.tensor(max(stop, default=0))
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+                stop = stop or [s for s in [flag.item()] if s]
+            last = bool(stop) or done == c.max_iters
+            saving = last or done % (c.checkpoint_interval or c.eval_interval) == 0
+
+            if saving or done % c.log_interval == 0:  # the only place where the host waits for the device
+                values = torch.stack([torch.as_tensor(v, device=device).float() for v in logs.values()] or [loss])
+                if world > 1:
+                    dist.all_reduce(values)
+                logs = dict(zip(logs, (values / world).tolist()))
+                numbers = dict(zip(('loss', 'grad_norm', 'skipped', 'worst'), torch.stack([loss, grad_norm, skipped, worst_run]).tolist()))
+                if numbers.pop('worst') >= 3:
+                    text = f'loss or gradient was not finite in 3 steps in a row, up to step {done}; ' \
+                           f'{c.out_dir} keeps its last checkpoint; try a lower --learning_rate'
+                    sys.exit(f'error: {text}' if rank == 0 else 1)
+                speed = (tokens - clock_tokens) / (time.time() - clock)
+                record({'step': done, **logs, **numbers, 'lr': lr, 'tokens_per_s': round(speed), 'tokens': tokens})
+                bar.set_postfix(loss=f'{numbers["loss"]:.4f}', tokens_per_s=f'{speed:,.0f}', refresh=False)
+                clock, clock_tokens = time.time(), tokens
+            if saving and rank == 0:
+                save(path, {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': dict(zip(names, ema)),
+                            'optimizer': optimizer.state_dict()['state'], 'step': done, 'tokens': tokens})
+            if stop:
+                break
+            if hasattr(method, 'nll') and (done % c.eval_interval == 0 or last):
+                with averaged(method, params, ema), autocast:
+                    val_loss = evaluate(method, val_data, c.eval_seqs, micro, rank, world, device)
+                record({'step': done, 'val_loss': val_loss, 'val_ppl': math.exp(min(val_loss, 700))})
+                if rank == 0:
+                    bar.write(f'step {done:,}: loss {numbers["loss"]:.4f}, validation {val_loss:.4f} nats per token, perplexity {math.exp(min(val_loss, 700)):.2f}')
+                clock = time.time()
+    finally:
+        bar.close()
+        feed.shutdown(cancel_futures=True)
+        for s, handler in old_handlers.items():
+            signal.signal(s, handler)
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
+        if rank == 0:
+            print(f'stopped after step {done:,}; the same command continues')
+        sys.exit(128 + stop[0])
+    if rank == 0 and hasattr(train_data, 'report'):
+        with averaged(method, params, ema), autocast:
+            train_data.report(method)
+
+
+if __name__ == '__main__':
+    run(main)
