@@ -11,6 +11,7 @@ then the tokens given the clean latent. Two stages of training: first encoder, q
 the latent learns to be useful; then encoder and codebook are frozen and everything else learns the full objective.
 Read in this order: latent schedules, samplers, Quantizer, class LADD.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,15 @@ def everyone(rows):
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
+def in_fp32(method):
+    """Autocast stays out: code choice and running averages deserve fp32."""
+    @functools.wraps(method)
+    def inner(self, e, *args, **kwargs):
+        with torch.autocast(e.device.type, enabled=False):
+            return method(self, e.float(), *args, **kwargs)
+    return inner
+
+
 class Quantizer(nn.Module):
     """Cosine-similarity codebook, updated by exponential averages; its state lives in buffers.
 
@@ -112,9 +122,10 @@ class Quantizer(nn.Module):
         self.register_buffer('counts', torch.full((size,), dead_below))  # running mean of the vectors per batch that chose each code
         self.register_buffer('sums', self.codebook * dead_below)  # running mean of their sum
 
+    @in_fp32
     def nearest(self, e):
         """Unit vectors e (..., D) -> code indices (...), LADD eq. (73)."""
-        return (e.float() @ self.codebook.T).argmax(dim=-1)
+        return (e @ self.codebook.T).argmax(dim=-1)
 
     def forward(self, e, noise=None):
         """Unit vectors e (b, M, D) -> quantised with a straight-through gradient, codes (b, M), commitment loss, LADD eq. (74).
@@ -126,10 +137,11 @@ class Quantizer(nn.Module):
         loss = self.commitment * F.mse_loss(e, quantised)
         straight = e + (quantised - e).detach()
         if noise is not None:
-            self.update(everyone(e.detach().float()).flatten(0, 1), everyone(codes).flatten(), noise)
+            self.update(everyone(e.detach()).flatten(0, 1), everyone(codes).flatten(), noise)
         return straight, codes, loss
 
     @torch.no_grad()
+    @in_fp32
     def update(self, e, codes, noise):
         """e (N, D), codes (N,): the whole global batch, so every process makes the same move."""
         chosen = F.one_hot(codes, len(self.codebook)).to(e.dtype)
@@ -143,6 +155,7 @@ class Quantizer(nn.Module):
         self.codebook[:] = F.normalize(self.sums, dim=-1)
 
     @torch.no_grad()
+    @in_fp32
     def kmeans(self, e, batch_vectors, noise, iterations=10):
         """Starts the codebook by spherical k-means on e (N, D); batch_vectors: vectors in a training batch, the unit of `counts`."""
         K = len(self.codebook)
@@ -170,6 +183,8 @@ class Config(mdlm.Config):
     latent_dim: int = 32  # D
     latent_schedule: str = 'vp_sqrt'  # vp_linear | vp_cosine | vp_sqrt; of codes: linear | polynomial | geometric
     codebook_size: int = 511  # usable codes (the paper's 512 counts the mask)
+    vq_decay: float = 0.95  # per step; slower for small batches, which touch few codes
+    dead_below: float = 2.0  # a code chosen less often than this per batch starts anew
     encoder_layers: int = 2  # of the learned encoder, a DiT of the same width
     unit_norm: bool = True  # scale each continuous latent to length 1, LADD eq. (75)
     latent_layers: int = 0  # > 0: a latent denoiser of its own for sequential sampling; 0: the MM-DiT with all tokens masked
@@ -216,7 +231,7 @@ class LADD(mdlm.MDLM):
         self.z_in = nn.Linear(c.latent_dim, c.hidden)
         self.z_head = nn.Linear(c.hidden, c.codebook_size if self.discrete else c.latent_dim)
         if self.discrete:
-            self.quantizer = Quantizer(c.codebook_size, c.latent_dim)
+            self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
             self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # learnable, of a code's length
         if c.latent_layers:
             self.latent_in = nn.Linear(c.latent_dim, c.hidden)

@@ -127,13 +127,14 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
 def masked_rows(mask, total, uniform=True):
     """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed before the mask is drawn.
 
-    A fixed shape keeps the step free of host synchronisation and of recompilation. The slots hold the mean count + 6 sigma for
-    stratified uniform t: b of the batch's `total` strata without replacement, then L coins each. For other times: every position.
+    A fixed shape keeps the step free of host synchronisation and of recompilation. The number of slots is the mean count, plus the most
+    that the common offset of stratified times can add to it, plus 6 sigma for the rest: which b of the batch's `total` strata are here,
+    and L coins each. For other than uniform times: every position.
     -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
     """
     b, L = mask.shape
-    variance = b * L / 6 + L**2 / 12 * (b * (1 - b / total) + (b / total) ** 2)
-    capacity = min(b * L, int(b * L / 2 + 6 * variance**0.5) + 1) if uniform else b * L
+    variance = b * L / 6 + L**2 * b / 12 * (1 - b / total)
+    capacity = min(b * L, int(b * L / 2 + L * b / total / 2 + 6 * variance**0.5) + 1) if uniform else b * L
     flat = mask.flatten()
     rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
     return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)

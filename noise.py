@@ -5,6 +5,7 @@ Data, times and masks of a training step are drawn here. A process that holds ro
 exactly the numbers that a single process would have drawn for them, on any device: so k processes of batch b are one process of
 batch kb, a run may resume on another number of processes, and the checkpoint needs no random state.
 """
+import math
 import zlib
 
 import torch
@@ -17,6 +18,16 @@ def hash64(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
+def unit(bits):
+    """Random bits int64 -> U(0, 1), float32, of the upper 23 of them; never exactly 0 or 1."""
+    return (((bits >> 41) & 0x7FFFFF) + 0.5) * 2.0**-23
+
+
+@torch.compiler.assume_constant_result
+def name_key(name):
+    return zlib.crc32(name.encode())
+
+
 class Noise:
     """All randomness of one training step (or of one evaluation), for the rows of the global batch that this process holds.
 
@@ -26,20 +37,20 @@ class Noise:
 
     def __init__(self, seed, step, rows, total):
         self.seed, self.step, self.rows, self.total = seed, step, rows, total
+        self.keys = rows.new_full((), seed), rows.new_full((), step)  # tensors: a compiled step must not be compiled anew for the next
 
-    def _bits(self, name, rows, shape):
-        key = torch.tensor([zlib.crc32(name.encode()), self.seed, self.step], dtype=torch.int64, device=rows.device)
-        key = hash64(hash64(hash64(key[0]) + key[1]) + key[2])
+    def _bits(self, name, rows, shape=()):
+        seed, step = self.keys
+        key = hash64(hash64(hash64(torch.full_like(seed, name_key(name))) + seed) + step)
         row_keys = hash64(key + hash64(rows + 1))
         if not shape:
             return row_keys
-        count = torch.Size(shape).numel()
-        columns = torch.arange(1, count + 1, device=rows.device) * -0x61C8864680B583EB  # the golden-ratio step of splitmix64
+        columns = torch.arange(1, math.prod(shape) + 1, device=rows.device) * -0x61C8864680B583EB  # the golden-ratio step of splitmix64
         return hash64(row_keys[:, None] + columns).view(len(rows), *shape)
 
     def uniform(self, name, *shape):
         """U(0, 1), float32 (b, *shape); never exactly 0 or 1."""
-        return (((self._bits(name, self.rows, shape) >> 41) & 0x7FFFFF) + 0.5) * 2.0**-23
+        return unit(self._bits(name, self.rows, shape))
 
     def normal(self, name, *shape):
         """N(0, 1), float32 (b, *shape), by inverting the distribution function (cut off at 5.3 standard deviations)."""
@@ -52,12 +63,12 @@ class Noise:
         independent for every row (in batch order their difference would be one constant for the whole batch).
         """
         stratum = self.permutation(name, self.total)[self.rows]
-        offset = Noise(self.seed, self.step, self.rows.new_zeros(1), 1).uniform(name + ' offset')
+        offset = unit(self._bits(name + ' offset', self.rows.new_zeros(1)))
         return (offset + stratum / self.total) % 1
 
     def permutation(self, name, n):
         """A random order of 0 ... n-1, int64 (n,), the same in every process."""
-        return self._bits(name + ' permutation', torch.arange(n, device=self.rows.device), ()).argsort()
+        return self._bits(name + ' permutation', torch.arange(n, device=self.rows.device)).argsort()
 
     def __getitem__(self, keep):
         """The same numbers for some of the rows: `noise[2:5]` goes with `x[2:5]`."""

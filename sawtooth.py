@@ -10,8 +10,7 @@ A mixture over one number can be integrated: the exact p(x_l | visible tokens) i
 """
 import functools
 import json
-import pathlib
-import sys
+import os
 
 import numpy as np
 import torch
@@ -47,8 +46,12 @@ class Sawtooth:
         return 2**31
 
     def report(self, method):
-        """What train.py prints at the end: token loss and SWD beside the exact values."""
-        print_table(measure(method, steps=(1, 2, 4, 8)))
+        """What train.py prints at the end: token loss and SWD of the method beside the exact values, from few samples."""
+        n, steps = 4096, (1, 2, 4)
+        records = [dict(r, name=label(method.config)) for r in token_losses(method, 4096)]
+        for strategy in method.strategies:
+            records += [dict(name=label(method.config), strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))) for T in steps]
+        print_tables(records + exact_records(n, steps))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -106,3 +109,190 @@ def swd(x, draws=3, directions=1000):
     """Sliced Wasserstein distance of order 1 of x (n, L), raw {0, 1} vectors, to fresh data of the same size; mean over `draws`."""
     px = project(x, directions)
     return float(np.mean([(px - reference(d, len(x), directions)).abs().mean() for d in range(draws)]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# python sawtooth.py out/sawtooth_*: what is measured of a trained method, and of the exact denoisers through the same samplers
+
+PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq': 0.5067, 'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
+LATENT_STEPS = 32  # DDIM steps of sequential Co-LADD; a single code needs one
+
+
+def label(config):
+    return {'continuous': 'Co-LADD', 'discrete': 'Di-LADD'}[config.latent] if hasattr(config, 'latent') else 'MDLM'
+
+
+def draw(method, n, steps, strategy='joint', seed=0, batch=128):
+    """n texts (n, L) from a trained method."""
+    g = torch.Generator(method.head.weight.device).manual_seed(seed)
+    how = {} if strategy == 'joint' else dict(strategy='seq', latent_steps=1 if method.discrete else LATENT_STEPS)
+    return torch.cat([method.sample(min(batch, n - i), steps, generator=g, **how).cpu() for i in range(0, n, batch)])
+
+
+def token_losses(method, n, batch=256):
+    """Table 1: token loss in nats per token over n fresh texts; for LADD given the clean latent, and given the latent noised at t_z = t_x."""
+    device = method.head.weight.device
+    x, rows = Sawtooth('table 1').rows(torch.arange(n)).to(device), torch.arange(n, device=device)
+    noise = Noise(0, 0, rows, n)
+    records = []
+    for strategy in method.strategies:
+        def nats(i):
+            if len(method.strategies) == 1:
+                return method.nll(x[i:i + batch], noise[i:i + batch])
+            return method.channel_nll(x[i:i + batch], noise[i:i + batch], strategy)[0]
+        losses = torch.cat([nats(i) for i in range(0, n, batch)]) / L
+        records.append(dict(strategy=strategy, n=n, token_loss=losses.mean().item(), error=(losses.std() / n**0.5).item()))
+    return records
+
+
+def exact_draw(kind, n, steps, seed=0, batch=1024):
+    """n texts from a perfect network: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (latent 1 - t^2) or 'seq'."""
+    from ladd import code_step, joint
+    from mdlm import alpha, ancestral, time_grid
+    exact, g, alphas = Exact(), torch.Generator().manual_seed(seed), alpha(time_grid(steps))
+    P, texts = len(exact.p), []
+    for i in range(0, n, batch):
+        x = torch.full((min(batch, n - i), L), 2)
+        if kind == 'MDLM':
+            texts.append(ancestral(exact.denoise, x, alphas, 2, generator=g))
+            continue
+        # sequential: the shift is drawn first, uniformly; then the same sampler has nothing left to do in the latent channel
+        z = torch.randint(P, (len(x), 1), generator=g) if kind == 'seq' else torch.full((len(x), 1), P)
+        schedule = 'polynomial' if kind == 'joint ahead' else 'linear'
+        texts.append(joint(exact.joint_denoise, x, z, steps, alphas, lambda z, p, t, s: code_step(z, p, t, s, schedule, g), 2, generator=g))
+    return torch.cat(texts)
+
+
+def exact_records(n, steps):
+    kinds = ('MDLM', 'joint', 'joint ahead', 'seq')
+    floor = [dict(name='data', n=n, swd=swd(Sawtooth('fresh').rows(torch.arange(n))))]
+    return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T))) for kind in kinds for T in steps]
+
+
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def curves(records):
+    """Records -> {curve: {steps: mean SWD over seeds}}."""
+    names = dict.fromkeys((r['name'], r['strategy']) for r in records if 'swd' in r and 'strategy' in r)
+    found = {}
+    for name, strategy in names:
+        mine = [r for r in records if 'swd' in r and (r['name'], r.get('strategy')) == (name, strategy)]
+        found['MDLM' if name == 'MDLM' else f'{name} {strategy}'] = {T: mean([r['swd'] for r in mine if r['steps'] == T])
+                                                                       for T in sorted({r['steps'] for r in mine})}
+    return found
+
+
+def print_tables(records):
+    losses = {}
+    for r in records:
+        if 'token_loss' in r:
+            losses.setdefault((r['name'], r['strategy']), []).append(r['token_loss'])
+    print('\ntoken loss, nats per token (LADD table 1)              ours    exact    paper')
+    print(f'  {"oracle: the shift is known":50s}      -   {Exact().oracle():.4f}   {PAPER["oracle"]:.4f}')
+    for (name, strategy), values in losses.items():
+        what, key = f'{name}, {"clean" if strategy == "seq" else "latent at t_z = t_x"}', f'{name} {strategy}'
+        if name == 'MDLM':
+            what, key = 'MDLM', 'MDLM'
+        best = '0.5303' if name == 'MDLM' else '     -'
+        print(f'  {what.replace("clean", "clean latent"):50s} {mean(values):.4f}   {best}   {PAPER[key]:.4f}')
+    table, floor = curves(records), [r for r in records if r['name'] == 'data']
+    steps = sorted({T for curve in table.values() for T in curve})
+    print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {mean([r["swd"] for r in floor]):.4f}')
+    print(f'  {"token steps":24s}' + ''.join(f'{T:>8d}' for T in steps))
+    for name, curve in sorted(table.items(), key=lambda kv: kv[0].startswith('exact')):
+        print(f'  {name:24s}' + ''.join(f'{curve[T]:8.4f}' if T in curve else '       -' for T in steps))
+
+
+def figure(records, path):
+    """LADD figure 2: SWD against token steps. Lines: trained, mean over seeds; dashes: perfect networks; grey: the floor."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3', 'Co-LADD seq': 'C4',
+              'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2', 'exact joint ahead': 'C7'}
+    plt.figure(figsize=(7, 4.2))
+    for name, curve in curves(records).items():
+        style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
+        plt.plot(list(curve), list(curve.values()), color=colors[name], label=name, **style)
+    plt.axhline(mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
+    plt.xscale('log', base=2)
+    plt.yscale('log')
+    plt.xlabel('token steps')
+    plt.ylabel('sliced Wasserstein distance')
+    plt.legend(fontsize=7, ncol=2)
+    plt.tight_layout()
+    plt.savefig(path, dpi=150)
+    plt.close()
+
+
+def pictures(panels, path):
+    """Samples as images, one text a row, sorted by their most likely shift: coherent texts show diagonal waves. panels: {title: (n, L)}."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    exact = Exact()
+    _, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(2.4 * -(-len(panels) // 2), 4.6), squeeze=False)
+    for ax in axes.flat:
+        ax.axis('off')
+    for ax, (title, x) in zip(axes.flat, panels.items()):
+        ax.imshow(x[exact.log_likelihood(x).argmax(dim=1).argsort()], cmap='Blues', aspect='auto', interpolation='nearest')
+        ax.set_title(title, fontsize=8)
+    plt.tight_layout()
+    plt.savefig(path, dpi=150)
+    plt.close()
+
+
+def main(argv):
+    from checkpoint import load_method
+    from configurator import UserError, configure
+    defaults = dict(num_samples=20480, steps='1,2,4,8,16,32', max_exact=128, device='cpu',
+                    save='out/sawtooth')  # -> out/sawtooth.png, out/sawtooth_samples.png; results are kept in each out_dir
+    c = configure(defaults, [a for a in argv if a.startswith('-')])
+    out_dirs, n = [a for a in argv if not a.startswith('-')], c['num_samples']
+    if not out_dirs:
+        raise UserError('which runs? python sawtooth.py out/sawtooth_*')
+    try:
+        steps = [int(T) for T in c['steps'].split(',')]
+    except ValueError:
+        raise UserError(f'--steps wants numbers such as 1,2,4, not {c["steps"]!r}')
+    records, panels = [], {}
+    for out_dir in out_dirs:
+        method, checkpoint = load_method(out_dir, c['device'])
+        if checkpoint['config']['dataset'] != 'sawtooth':
+            raise UserError(f'{out_dir} was trained on {checkpoint["config"]["dataset"]}, not on sawtooth')
+        common = dict(name=label(method.config), out_dir=out_dir, step=checkpoint['step'], seed=checkpoint['config']['seed'])
+        path = os.path.join(out_dir, 'sawtooth.jsonl')  # measured once: sampling is what takes long
+        known = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+        known = [r for r in known if r['step'] == checkpoint['step'] and r['n'] == n]
+
+        def keep(record):
+            known.append({**common, **record})
+            print(json.dumps(known[-1]), flush=True)
+            with open(path, 'a') as f:
+                f.write(json.dumps(known[-1]) + '\n')
+        with torch.autocast(c['device'], torch.bfloat16, enabled=checkpoint['config']['dtype'] == 'bfloat16'):
+            if not any('token_loss' in r for r in known):
+                for r in token_losses(method, n):
+                    keep(r)
+            for strategy in method.strategies:
+                for T in steps:
+                    if not any(r.get('steps') == T and r['strategy'] == strategy for r in known):
+                        keep(dict(strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))))
+                for T in (1, 2):
+                    panels[f'{common["name"]} {strategy}, {T} step{"s" * (T > 1)}'] = draw(method, 128, T, strategy)
+        records += known
+    records += exact_records(n, [T for T in steps if T <= c['max_exact']])
+    print_tables(records)
+    panels = {'data': Sawtooth('fresh').rows(torch.arange(128)), 'perfect MDLM, 1 step': exact_draw('MDLM', 128, 1), **panels}
+    figure(records, c['save'] + '.png')
+    pictures(panels, c['save'] + '_samples.png')
+    print(f'\nwrote {c["save"]}.png and {c["save"]}_samples.png')
+
+
+if __name__ == '__main__':
+    import sys
+
+    from configurator import run
+    run(main)

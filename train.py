@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ defaults = dict(
     init_from='auto',          # auto: continue what out_dir holds, start if it holds nothing | scratch: start over | resume: continue or fail
     method='mdlm',             # mdlm | ladd | ar | ldlm; its own keys (hidden, num_layers ...) are in the Config of its file
     dataset='sawtooth',        # sawtooth, or a folder of data/ that prepare.py has filled
-    block_size=0,              # tokens per sequence; 0: the data set's own
+    block_size=0,              # tokens per sequence; 0: the data set's own (sawtooth has 128)
     seed=0,
     # the machine
     device='auto',             # auto | cpu | cuda | mps
@@ -103,6 +104,26 @@ def learning_rate(c, step):
     x = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)  # 0 ... 1
     fall = {'constant': 1.0, 'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x}[c.decay_lr]
     return c.learning_rate * (c.min_lr + (1 - c.min_lr) * fall)
+
+
+def connect(backend):
+    """Joins the processes that torchrun started.
+
+    torchrun keeps one key-value store over its restarts, where a process may find the address of one that died (pytorch issue 135712) and
+    wait for it. So each attempt gets a prefix of its own: rank 0 draws it, and tells the others under a name that no earlier attempt knew.
+    """
+    store, rank, world = next(dist.rendezvous('env://'))
+    prefix = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'name of {rank}', name)
+        prefix = store.get(f'prefix for {name}').decode()  # waits for it
+        store.add(f'{prefix} arrived', 1)
+    while rank == 0 and store.add(f'{prefix} arrived', 0) < world - 1:
+        for key in (f'name of {r}' for r in range(1, world)):
+            if store.check([key]):
+                store.set(f'prefix for {store.get(key).decode()}', prefix)
+        time.sleep(0.01)
+    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
 
 def average_gradients(params, loss, world):
@@ -205,6 +226,8 @@ def main(argv):
     train_data = open_data(c.dataset, 'train', c.block_size)
     val_data = open_data(c.dataset, 'val', c.block_size)
     L = train_data.block_size
+    if c.block_size not in (0, L):
+        raise UserError(f'{c.dataset} has sequences of {L} tokens, not block_size={c.block_size}')
     config.update(vocab_size=train_data.vocab_size, block_size=L)
 
     torch.manual_seed(c.seed)  # every process begins with the same weights
@@ -226,7 +249,7 @@ def main(argv):
     # the method, its optimizer and its average
     method.to(device).train()
     torch.set_float32_matmul_precision('high')
-    params = list(method.parameters())
+    names, params = zip(*method.named_parameters())
     buffers = [b for name, b in method.named_buffers() if name in method.state_dict()]
     ema = [p.detach().clone() for p in params]
     matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
@@ -234,14 +257,13 @@ def main(argv):
                                   betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
     if checkpoint:
         optimizer.load_state_dict({'state': checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
-        torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name, _ in method.named_parameters()])
-        checkpoint = None  # three copies of the weights
-    names = [name for name, _ in method.named_parameters()]
+        torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name in names])
+        checkpoint = None  # it is four times as large as the weights
     if c.compile:
         method.compile()  # in place: the names in the state dict stay as they are
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        connect('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
         starts = torch.tensor([start, -start])
         dist.all_reduce(starts, op=dist.ReduceOp.MAX)
         if starts.sum() != 0:

@@ -228,7 +228,7 @@ def test_full_disk_at_the_log(monkeypatch):
     ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'), ('config/none.py', 'cannot read'),
     ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'), ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16 or float32'),
     ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'), ('--init_from=best', 'auto, scratch or resume'),
-    ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'negative'), ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'),
+    ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'negative'), ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'), ('--block_size=8', '16 tokens'),
 ])
 def test_mistakes(arg, words, tmp_path):
     with pytest.raises(UserError) as e:
@@ -268,7 +268,7 @@ def test_spoilt_checkpoint_and_blocked_folder():
 # ----------------------------------------------------------------------------
 # many processes
 
-SCRIPT = f'import sys; sys.path[:0] = {[os.path.dirname(train.__file__), os.path.dirname(__file__)]!r}\n' \
+SCRIPT = f'import sys, torch; torch.set_num_threads(1); sys.path[:0] = {[os.path.dirname(train.__file__), os.path.dirname(__file__)]!r}\n' \
          'import test_train, train, configurator\n' \
          'train.open_data = test_train.open_toy\n' \
          'configurator.run(train.main)\n'

@@ -1,0 +1,40 @@
+"""
+Co-LADD on sawtooth, the main job: one continuous latent per text, joint and sequential sampling from one checkpoint.
+Tuned for two CPU cores (some five minutes).
+
+Departs from the official settings (sawtooth_co_ladd_paper.py), besides what sawtooth_di_ladd.py says of width, rate and stage 1:
+- one model for both strategies: independent times instead of t_z = t_x, so that the token denoiser meets clean latents too, and a
+  small latent denoiser of its own beside the joint one (the paper trains a second model for sequential sampling)
+- the latent has length 1: free to grow, it carries more of the text's own coin flips and is harder to generate
+"""
+dataset = 'sawtooth'
+method = 'ladd'
+latent = 'continuous'
+
+hidden = 64
+num_layers = 2
+num_heads = 2
+cond_dim = 32
+encoder_layers = 2
+num_latents = 1
+latent_dim = 32
+unit_norm = True
+latent_layers = 3        # the latent denoiser of sequential sampling
+latent_schedule = 'vp_sqrt'
+times = 'independent'
+weighting = 'elbo'
+
+stage1_iters = 600
+stage1_t_min = 0.8
+stage1_clean = True
+p_start = 0.1
+
+batch_size = 32
+max_iters = 3600
+learning_rate = 3e-3
+warmup_iters = 50
+decay_lr = 'linear'
+weight_decay = 0.03
+ema = 0.99
+eval_interval = 1000
+eval_seqs = 2048

@@ -1,0 +1,45 @@
+"""
+Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (some five minutes).
+
+Departs from the official settings (sawtooth_di_ladd_paper.py):
+- few wide layers, small batches, a rate ten times higher that falls to zero, as in sawtooth_mdlm.py
+- stage 1 shows the token denoiser almost fully masked texts (t_x > .8) and the clean latent. With t_x from all of [0, 1] the visible
+  tokens give the shift away, and the encoder is never needed: it learns almost nothing
+- for the first 450 steps the latent passes unquantised; then k-means on the warm encoder places the codes. Started cold, they would
+  quantise noise, and the straight-through gradient would have to move everything at once
+- 63 codes: the shift is known from 128 coins to about a fifteenth of a period, and a batch of 32 texts touches 32 codes
+- a tenth of the texts in stage 2 is fully masked (p_start): this is where sequential sampling asks for the first code
+"""
+dataset = 'sawtooth'
+method = 'ladd'
+latent = 'discrete'
+
+hidden = 64
+num_layers = 2
+num_heads = 2
+cond_dim = 32
+encoder_layers = 2
+num_latents = 1
+latent_dim = 32
+codebook_size = 63
+vq_decay = 0.99          # .95 is for batches in which every code is chosen
+dead_below = 0.05        # likewise: a code is chosen 32 / 63 = .5 times per batch on average
+latent_schedule = 'linear'
+times = 'independent'
+weighting = 'elbo'
+
+stage1_iters = 700
+stage1_t_min = 0.8
+stage1_clean = True
+vq_start = 450
+p_start = 0.1
+
+batch_size = 32
+max_iters = 3700
+learning_rate = 3e-3
+warmup_iters = 50
+decay_lr = 'linear'
+weight_decay = 0.03
+ema = 0.99
+eval_interval = 1000
+eval_seqs = 2048

@@ -1,0 +1,230 @@
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import sample
+from configurator import UserError, run
+from data.common import Char
+from sample import generate, read_prompt
+
+L, CHARS = 12, ' abcdefg\n'
+TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', wrap=False,
+            tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
+METHODS = {'mdlm': {}, 'ar': {}, 'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
+           'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4, codebook_size=5)}
+
+
+def make(name, folder=None, **changes):
+    """A tiny method with random weights, and its checkpoint if it is given a folder."""
+    config = {**TINY, 'method': name, **METHODS[name], **changes}
+    torch.manual_seed(0)
+    method = checkpoint.build(config).eval()
+    for p in method.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.save(os.path.join(folder, 'ckpt.pt'), {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': {}, 'step': 7})
+    return method
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(script, monkeypatch, capsys, *argv):
+    """The one line that a mistake ends with; exit code 2, nothing on stdout, no file made or changed."""
+    def state():
+        return {os.path.join(d, f): os.stat(os.path.join(d, f)).st_mtime_ns for d, _, fs in os.walk('.') for f in fs}
+    before = state()
+    monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *argv])
+    with pytest.raises(SystemExit) as e:
+        run(script.main)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1 and state() == before
+    return err
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', METHODS)
+def test_samples_are_a_function_of_the_seed(name):
+    method = make(name)
+    x = generate(method, 10, 4, batch_size=4, seed=1)
+    torch.manual_seed(9)  # the global generator has no part in it
+    assert x.shape == (10, L) and x.dtype == torch.int64 and 0 <= x.min() and x.max() < TINY['vocab_size']
+    assert torch.equal(x, generate(method, 10, 4, batch_size=4, seed=1))
+    assert torch.equal(x[:8], generate(method, 8, 4, batch_size=4, seed=1))  # more samples do not change the ones before
+    assert not torch.equal(x, generate(method, 10, 4, batch_size=4, seed=2))
+    assert not torch.equal(x[:4], x[4:8])
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------------------
+
+VARIANTS = [('mdlm', {}), ('mdlm', {'sampler': 'first_hitting'}), ('mdlm', {'sampler': 'remdm', 'eta': 1.0}), ('co', {}), ('co', {'strategy': 'seq'}),
+            ('di', {'strategy': 'joint', 'sampler': 'remdm'}), ('di', {'strategy': 'seq', 'sampler': 'first_hitting'})]
+
+
+@pytest.mark.parametrize('name, options', VARIANTS)
+def test_infilling_keeps_what_is_given(name, options):
+    method, tok = make(name), Char(CHARS, True)
+    tok.wrap = False
+    prompt = read_prompt('ab[MASK:3]cd[MASK]e', tok, L, method)
+    m = method.mask_id
+    assert prompt.tolist() == tok.encode('ab') + [m] * 3 + tok.encode('cd') + [m] + tok.encode('e') + [m] * 3
+    x = generate(method, 6, 5, 4, 0, prompt, **options)
+    given = prompt != m
+    assert (x[:, given] == prompt[given]).all() and (x != m).all() and len(x.unique(dim=0)) > 1
+
+
+def test_ar_goes_on_from_a_prefix():
+    method, tok = make('ar'), Char(CHARS, True)
+    tok.wrap = False
+    x = generate(method, 5, 1, 4, 0, read_prompt('abc[MASK:2]', tok, L, method))
+    assert x.shape == (5, L) and (x[:, :3] == torch.tensor(tok.encode('abc'))).all() and len(x.unique(dim=0)) > 1
+    with pytest.raises(ValueError, match='gap'):
+        generate(method, 1, 1, 1, 0, read_prompt('a[MASK:2]b', tok, L, method))
+
+
+def test_prompt_follows_bos_where_texts_are_wrapped():
+    method, tok = make('mdlm'), Char(CHARS, True)
+    tok.wrap = True
+    assert read_prompt('ab', tok, 4, method).tolist() == [tok.bos_id, *tok.encode('ab'), method.mask_id]
+
+
+@pytest.mark.parametrize('start, match', [('a' * L, 'nothing left to write'), ('a' * 13, 'more than the 12'), ('a[MASK:12]', 'more than the 12'),
+                                          ('[MASK:99999999999999]', 'more than the 12'), ('aXb', "'X' is not among")])
+def test_bad_prompts(start, match):
+    tok = Char(CHARS, True)
+    tok.wrap = False
+    with pytest.raises(UserError, match=match):
+        read_prompt(start, tok, L, make('mdlm'))
+
+
+# --- the command line -------------------------------------------------------------------------------------------------------------
+
+def test_save_round_trip(capsys):
+    make('mdlm', 'out/m')
+    for name in ('x.npy', 'x.jsonl'):
+        sample.main(['--out_dir=out/m', '--num_samples=5', '--batch_size=2', '--steps=3', '--seed=4', '--device=cpu', f'--save={name}'])
+        printed = capsys.readouterr().out
+    x, lines = np.load('x.npy'), [json.loads(line) for line in open('x.jsonl', encoding='utf-8')]
+    assert x.shape == (5, L) and x.dtype.kind == 'i' and x.tolist() == [line['ids'] for line in lines]
+    assert all(Char(CHARS, True).decode(line['ids']) == line['text'] and line['text'] in printed for line in lines)
+    assert sorted(os.listdir('.')) == ['out', 'x.jsonl', 'x.npy'] and printed.count('--- sample ') == 5
+
+
+def test_sawtooth_prints_a_picture(capsys):
+    make('di', 'out/s', dataset='sawtooth', vocab_size=2, tokenizer=None)
+    sample.main(['--out_dir=out/s', '--num_samples=1', '--device=cpu', '--strategy=seq', '--start=▁█▁'])
+    text = capsys.readouterr().out.split('\n')[1]
+    assert len(text) == L and set(text) <= set('▁█') and text.startswith('▁█▁')
+
+
+def test_tokenizer_comes_from_the_data_if_the_checkpoint_has_none(tmp_path, capsys):
+    os.makedirs('set')
+    meta = dict(dtype='uint16', vocab_size=10, tokenizer=TINY['tokenizer'], eos_id=9, bos_id=9, wrap=True, val=dict(tokens=5))
+    json.dump(meta, open('set/meta.json', 'w'))
+    assert (tok := sample.open_tokenizer({'dataset': str(tmp_path / 'set')})).chars == CHARS and tok.wrap
+
+
+def test_published_weights(monkeypatch, capsys):
+    config = {**TINY, 'method': 'mdlm'}
+    monkeypatch.setattr(checkpoint, 'load_hub', lambda hub_id, device: (make('mdlm'), config), raising=False)
+    sample.main(['--init_from=who/what', '--num_samples=2', '--steps=2', '--device=cpu'])
+    assert capsys.readouterr().out.count('--- sample') == 2
+
+
+@pytest.mark.parametrize('argv, match', [
+    (['--out_dir=out/nothing'], 'holds no checkpoint'),
+    ([], 'name one model'),
+    (['--out_dir=out/m', '--init_from=a/b'], 'name one model'),
+    (['--out_dir=out/m', '--step=3'], 'did you mean steps'),
+    (['--out_dir=out/m', '--steps=0'], 'steps must be at least 1'),
+    (['--out_dir=out/m', '--steps=many'], 'steps wants an integer'),
+    (['--out_dir=out/m', '--num_samples=0'], 'at least 1'),
+    (['--out_dir=out/m', '--strategy=seq'], "no strategy 'seq'; it has: joint"),
+    (['--out_dir=out/m', '--sampler=magic'], "no sampler 'magic'; it has: ancestral, first_hitting, remdm"),
+    (['--out_dir=out/m', '--latent_steps=4'], 'latent_steps works with --strategy=seq'),
+    (['--out_dir=out/m', '--eta=.5'], 'eta works with --sampler=remdm'),
+    (['--out_dir=out/m', '--top_p=0'], 'top_p'),
+    (['--out_dir=out/m', '--temperature=-1'], 'temperature'),
+    (['--out_dir=out/d', '--sampler=first_hitting'], '--strategy=seq'),
+    (['--out_dir=out/m', '--dtype=float8'], 'dtype'),
+    (['--out_dir=out/m', '--device=abacus'], 'device'),
+    (['--out_dir=out/m', '--start='], '--start is empty'),
+    (['--out_dir=out/m', '--start=Zebra'], "'Z' is not among"),
+    (['--out_dir=out/m', '--start=' + 'a' * 50], 'more than the 12'),
+    (['--out_dir=out/a', '--start=a[MASK:2]b', '--save=x.npy'], 'fills no gap'),
+    (['--out_dir=out/a', '--sampler=remdm'], 'AR has no sampler'),
+    (['--out_dir=out/m', '--save=x.txt'], 'ends with .npy'),
+    (['--out_dir=out/m', '--save=nowhere/x.npy'], 'cannot write nowhere/x.npy'),
+])
+def test_mistakes(argv, match, monkeypatch, capsys):
+    for name in ('mdlm', 'ar', 'di'):
+        make(name, 'out/' + name[0])
+    assert match in fails(sample, monkeypatch, capsys, *argv, *([] if '--device=abacus' in argv else ['--device=cpu']))
+
+
+def test_an_unwritable_path_is_found_before_sampling(monkeypatch):
+    make('mdlm', 'out/m')
+    monkeypatch.setattr(sample, 'generate', lambda *args, **kwargs: pytest.fail('sampled'))
+    with pytest.raises(UserError, match='cannot write'):
+        sample.main(['--out_dir=out/m', '--device=cpu', '--save=no/where.npy'])
+
+
+def test_an_interruption_leaves_the_old_file(monkeypatch):
+    make('mdlm', 'out/m')
+    open('x.npy', 'w').write('old')
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, 'generate', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(['--out_dir=out/m', '--device=cpu', '--save=x.npy'])
+    assert open('x.npy').read() == 'old' and not os.path.exists('x.npy.tmp')
+
+
+# --- --show -----------------------------------------------------------------------------------------------------------------------
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_show_redraws_in_place_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(sample.time, 'sleep', lambda s: None)
+    tok, out = Char(CHARS, True), Screen()
+    callback = sample.show(tok.decode, 10, out)
+    for i, x in enumerate([[1, 10, 10], [1, 2, 10]]):
+        callback(i, torch.tensor([x]))
+    frames = out.getvalue().split('\033[H\033[J')[1:]
+    assert frames[0].startswith('\033[1;32ma\033[0m\033[2m░░\033[0m\n')  # one new, two masked
+    assert frames[1].startswith('a\033[0m\033[1;32mb\033[0m\033[2m░\033[0m\n')  # one old, one new, one masked
+
+
+def test_show_prints_some_frames_elsewhere():
+    tok, out = Char(CHARS, True), io.StringIO()
+    callback = sample.show(tok.decode, 10, out)
+    for i in range(7):
+        callback(i, torch.tensor([[1] * i + [10] * (7 - i)]))
+    assert out.getvalue() == '--- step 1\n' + '░' * 7 + '\n--- step 2\na' + '░' * 6 + '\n--- step 4\naaa' + '░' * 4 + '\n'
+
+
+def test_show_cuts_at_the_edge_of_the_screen():
+    chars = [('', c) for c in 'abcd\nefghijk']
+    assert ''.join(c for _, c in sample.fit_screen(chars, columns=4, lines=2)) == 'abcd\nefgh'
+    assert sample.fit_screen(chars, columns=4, lines=3) == chars
+
+
+def test_show_from_the_command_line(capsys):
+    make('ar', 'out/a')
+    sample.main(['--out_dir=out/a', '--num_samples=3', '--batch_size=2', '--show', '--start=abc', '--device=cpu'])
+    out = capsys.readouterr().out
+    assert out.count('--- step 4\n') == 2 and '░' in out  # of each batch

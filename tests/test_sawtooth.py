@@ -1,0 +1,202 @@
+"""sawtooth.py against direct formulas, quadrature and enumeration; and the samplers of mdlm.py and ladd.py with the exact denoiser.
+
+Statistical bounds are 4.5 standard errors; of SWD, 4 of the standard deviations of one draw that are quoted beside each value
+(200 independent draws of N = 20,480 with 1000 directions). Seeds are fixed.
+"""
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from ladd import code_step, joint
+from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
+from sawtooth import Exact, Sawtooth, bias, swd
+from test_mdlm import generator, whole
+
+N = 20480
+MASK = 2
+
+
+def data(n, name='train', seed=0, step=0):
+    return Sawtooth(name).batch(seed, step, torch.arange(n))
+
+
+def all_masked(n=N):
+    return torch.full((n, 128), MASK)
+
+
+def numpy_bias(w):
+    """LADD eq. (78), (79) in numpy, position by position: w (W,) -> (W, 128)."""
+    p = np.zeros((len(w), 128))
+    for l in range(128):
+        s = (2 * ((l / 128 + w) % 1)) % 1
+        p[:, l] = np.where(s < 0.5, 0.01 + 0.98 * 2 * s, 0.01 + 0.98 * 2 * (1 - s))
+    return p
+
+
+@functools.cache
+def fine_grid():
+    """20,000 shifts over the whole circle, in double precision."""
+    return numpy_bias((np.arange(20000) + 0.5) / 20000)
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------------------
+
+def test_bias_is_its_formula():
+    w = np.random.default_rng(0).random(500)
+    np.testing.assert_allclose(bias(torch.tensor(w)).numpy(), numpy_bias(w), atol=1e-9)
+    assert bias(torch.rand(3, 2)).shape == (3, 2, 128)
+
+
+def test_tokens_are_flips_of_a_shifted_wave():
+    """Marginals are fair; positions apart by half a period disagree, by a whole one agree, as E[p_l p_m] over the shift says."""
+    x, p = data(N).double(), fine_grid()
+    assert set(x.unique().tolist()) == {0, 1}
+    assert ((x.mean(0) - 0.5).abs() < 4.5 * 0.5 / N**0.5).all()
+    for distance in (1, 16, 32, 64, 127):
+        both = float((p[:, 0] * p[:, distance]).mean())
+        assert abs(float((x[:, 0] * x[:, distance]).mean()) - both) < 4.5 * (both * (1 - both) / N) ** 0.5
+    assert float((p[:, 0] * p[:, 32]).mean()) < 0.2 < 0.3 < float((p[:, 0] * p[:, 64]).mean())
+
+
+def test_data_does_not_depend_on_how_rows_are_split():
+    """Nor do its splits, seeds and steps share texts."""
+    x = data(64, seed=1, step=2)
+    for rank in range(4):
+        assert torch.equal(Sawtooth().batch(1, 2, torch.arange(rank, 64, 4)), x[rank::4])
+    others = [data(64, seed=1, step=3), data(64, seed=2, step=2), data(64, 'val', seed=1, step=2)]
+    assert all((x != other).float().mean() > 0.4 for other in others)
+    assert torch.equal(Sawtooth('val').rows(torch.tensor([5, 3])), Sawtooth('val').rows(torch.arange(6))[[5, 3]])
+
+
+# --- exact answers ----------------------------------------------------------------------------------------------------------------
+
+def test_oracle_is_the_entropy_given_the_shift():
+    p = fine_grid()
+    quadrature = -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
+    assert Exact().oracle() == pytest.approx(quadrature, abs=5e-5)
+    assert round(Exact().oracle(), 4) == 0.5096
+
+
+def test_nll_agrees_with_a_finer_quadrature():
+    x, p = data(100).double().numpy(), fine_grid()
+    log_p = x @ np.log(p).T + (1 - x) @ np.log(1 - p).T
+    nll = np.log(len(p)) - np.logaddexp.reduce(log_p, axis=1)
+    np.testing.assert_allclose(Exact().nll(data(100)).numpy(), nll, atol=0.02)  # of about 68 nats
+
+
+def test_entropy_of_the_data():
+    """H(x) / L = 0.5303, below log 2 and above the oracle."""
+    nll = Exact().nll(data(N)).double() / 128
+    assert abs(float(nll.mean()) - 0.5303) < 4 * float(nll.std()) / N**0.5 + 1e-4
+
+
+@pytest.mark.parametrize('visible', [0, 1, 2, 5, 20])
+def test_exact_denoiser_is_bayes_rule(visible):
+    """p(x_l = 1 | visible tokens) by summing over 20,000 shifts, for random sets of visible positions."""
+    x_t, p = data(20), fine_grid()
+    hidden = torch.rand(20, 128, generator=generator()).argsort(dim=1).argsort(dim=1) >= visible
+    x_t[hidden] = MASK
+    truth = np.zeros((20, 128))
+    for i, row in enumerate(x_t.numpy()):
+        weights = np.ones(len(p))
+        for l in np.flatnonzero(row != MASK):
+            weights *= p[:, l] if row[l] == 1 else 1 - p[:, l]
+        truth[i] = weights @ p / weights.sum()
+    logits = Exact().denoise(x_t, hidden)
+    assert logits.shape == (int(hidden.sum()), 2)
+    np.testing.assert_allclose(logits.exp().sum(dim=1).numpy(), 1, atol=1e-5)
+    np.testing.assert_allclose(logits.exp()[:, 1].numpy(), truth[hidden.numpy()], atol=2e-3)
+
+
+def test_exact_joint_denoiser():
+    """A known shift makes the tokens independent flips; an unknown one leaves the denoiser of above, and its posterior as code logits."""
+    exact, x_t = Exact(64), data(10)
+    x_t[:, 20:] = MASK
+    where, z = x_t == MASK, torch.tensor([[3], [64]]).repeat(5, 1)
+    tokens, codes = exact.joint_denoise(x_t, z, None, where)
+    p1 = torch.zeros(10, 128)
+    p1[where] = tokens.exp()[:, 1]
+    torch.testing.assert_close(p1[0, 20:], exact.p[3, 20:])
+    torch.testing.assert_close(p1[1::2][where[1::2]], exact.denoise(x_t, where).exp()[:, 1].view(10, 108)[1::2].flatten())
+    visible = x_t[:, :20].double()
+    likelihood = torch.stack([(visible * p.log() + (1 - visible) * (1 - p).log()).sum(dim=1) for p in exact.p[:, :20].double()], dim=1)
+    torch.testing.assert_close(codes[:, 0].softmax(dim=1).double(), likelihood.softmax(dim=1), rtol=1e-3, atol=1e-6)
+
+
+def test_elbo_of_the_exact_denoiser_is_the_entropy():
+    """MDLM's estimator, its network replaced by Bayes' rule: the bound is tight."""
+    exact = Exact(128)
+    model = MDLM(Config(vocab_size=2, block_size=128, hidden=8, num_layers=1, num_heads=2, cond_dim=8))
+    model.embed, model.dit = torch.nn.Identity(), torch.nn.Identity()
+
+    def masked_nll(x_t, x, mask):
+        nats = torch.zeros(x.shape)
+        nats[mask] = -exact.denoise(x_t, mask).gather(1, x[mask][:, None])[:, 0]
+        return nats.sum(dim=1)
+    model.masked_nll = masked_nll
+    x = data(N)
+    nats, entropy = model.nll(x, whole(N)).double() / 128, exact.nll(x).double() / 128
+    error = float((nats - entropy).std()) / N**0.5
+    assert abs(float((nats - entropy).mean())) < 4 * error  # on the same texts
+    assert abs(float(nats.mean()) - 0.5303) < 4 * error + 4 * float(entropy.std()) / N**0.5 + 1e-4 and error < 0.002
+
+
+# --- SWD --------------------------------------------------------------------------------------------------------------------------
+
+def test_swd_of_the_reference_to_itself_is_zero():
+    assert swd(data(500, 'reference 0', 0, 0), draws=1) == 0
+
+
+def test_swd_is_the_mean_transport_cost_over_directions():
+    """Against a loop: unit directions, sorted projections, mean absolute difference; invariant to the order of texts."""
+    x, y = data(300, 'a'), data(300, 'reference 0')
+    theta = torch.randn(50, 128, generator=torch.Generator().manual_seed(0)).double().numpy()
+    costs = []
+    for direction in theta:
+        direction = direction / np.sqrt((direction**2).sum())
+        costs.append(np.abs(np.sort(x.numpy() @ direction) - np.sort(y.numpy() @ direction)).mean())
+    assert swd(x, draws=1, directions=50) == pytest.approx(np.mean(costs), rel=1e-4)
+    assert swd(x.flip(0), draws=1, directions=50) == pytest.approx(swd(x, draws=1, directions=50), rel=1e-6)
+
+
+def test_swd_floor():
+    assert abs(swd(data(N, 'fresh'), draws=1) - 0.0061) < 4 * 0.0004
+
+
+# --- perfect networks in our samplers ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('steps, mean, sd', [(1, 0.0496, 0.0011), (2, 0.0335, 0.0007), (4, 0.0189, 0.0004), (8, 0.0107, 0.0002)])
+def test_perfect_mdlm(steps, mean, sd):
+    x = ancestral(Exact(128).denoise, all_masked(), alpha(time_grid(steps)), MASK, generator=generator())
+    assert abs(swd(x, draws=1) - mean) < 4 * sd
+
+
+@pytest.mark.parametrize('steps, mean, sd', [(1, 0.0496, 0.0010), (2, 0.0358, 0.0008), (4, 0.0201, 0.0005)])
+def test_perfect_joint_ladd(steps, mean, sd):
+    """The code is the shift itself. Not better than perfect MDLM: of two steps, the first flips half of the tokens blindly either way."""
+    x = joint(Exact(128).joint_denoise, all_masked(), torch.full((N, 1), 128), steps, alpha(time_grid(steps)),
+              lambda z, logits, t, s: code_step(z, logits, t, s, generator=g), MASK, generator=(g := generator()))
+    assert abs(swd(x, draws=1) - mean) < 4 * sd
+
+
+def test_perfect_sequential_ladd_needs_one_step():
+    z = torch.randint(512, (N, 1), generator=generator())
+    x = joint(Exact().joint_denoise, all_masked(), z, 1, alpha(time_grid(1)), lambda z, logits, t, s: z, MASK, generator=generator())
+    assert abs(swd(x, draws=1) - 0.0061) < 4 * 0.0004
+
+
+def test_first_hitting_equals_ancestral_in_law():
+    """With the exact denoiser it samples the data, in 128 calls: SWD at the floor, texts as probable as the data's; so does ancestral in many steps.
+
+    The floor grows as N^-1/2: at N = 2,560 it is .0173 +- .0011. In 256 steps ancestral is still 1e-3 nats per token too improbable.
+    """
+    n, exact, calls = 2560, Exact(64), []
+    hitting = first_hitting(lambda x_t, where: calls.append(1) or exact.denoise(x_t, where), all_masked(n), MASK, generator=generator())
+    many = ancestral(exact.denoise, all_masked(n), alpha(time_grid(256)), MASK, generator=generator())
+    assert len(calls) == 128
+    for x, remaining in ((hitting, 0), (many, 1e-3)):
+        assert abs(swd(x, draws=1) - 0.0173) < 4 * 0.0011
+        nll = exact.nll(x).double() / 128
+        assert abs(float(nll.mean()) - 0.5303) < 4.5 * float(nll.std()) / n**0.5 + remaining
