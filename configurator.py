@@ -140,8 +140,12 @@ def configure(defaults, argv, method_fields=None):
 # how a script ends
 
 def run(main):
-    """main(argv) of a script. A UserError becomes one line and exit code 2; Ctrl-C and a closed pipe end quietly."""
+    """main(argv) of a script. A UserError becomes one line and exit code 2; Ctrl-C and a closed pipe end quietly; --help prints the file's head."""
+    script = sys.modules['__main__']
     try:
+        if {'-h', '--help'} & set(sys.argv[1:]) and hasattr(script, 'defaults'):
+            print(script.__doc__.strip(), '\n\nkeys and defaults:', *(f'  --{k}={v}' for k, v in script.defaults.items()), sep='\n')
+            return
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as e:

@@ -70,7 +70,8 @@ def open_texts(name, config, tok):
     if not os.path.isfile(name):
         data = open_data(name or config['dataset'], 'val', L)
         if getattr(data, 'tokenizer', None) != tokenizer_spec(config, tok):
-            raise UserError(f'{name} was prepared with another tokenizer than the training data of this model: prepare it with --tokenizer=data/{config["dataset"]}')
+            raise UserError(f'{name or config["dataset"]} and the training data of this model have different tokenizers; prepare it with --tokenizer=DATA, '
+                            'the folder of the training data, or give a text file')
         return data.rows, 20480 if (name or config['dataset']) == 'sawtooth' else len(data)
     try:
         with open(name, encoding='utf-8', newline='') as f:
@@ -174,7 +175,8 @@ def open_teacher(name, config, tok, device):
             raise UserError(f'the teacher {name} needs `pip install transformers`; an AR checkpoint of ours does not: --teacher=out/NAME') from e
         except Exception as e:  # the hub fails in as many ways as it has layers
             raise UserError(f'cannot load the teacher {name} ({first_line(e)}); without a network: --teacher=FOLDER or, of our AR, --teacher=out/NAME') from e
-        teacher_tok, same, window, context = load_tokenizer(name), False, min(1024, teacher.config.max_position_embeddings), 1
+        teacher_tok = load_tokenizer({'kind': 'huggingface', 'name': name})
+        same, window, context = False, min(1024, teacher.config.max_position_embeddings), 1
 
         def nll(ids):
             logits = teacher(ids).logits[:, :-1].float()

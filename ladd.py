@@ -26,16 +26,17 @@ from model import DiT
 # ----------------------------------------------------------------------------------------------------------------------------------
 # schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: abar^2 runs from .9999 to .0001
 
+VP_SCHEDULES = ('vp_linear', 'vp_cosine', 'vp_sqrt')
+
+
 def abar(t, schedule='vp_sqrt'):
     """Signal level of z_t; any tensor t in [0, 1] -> the same shape."""
     if schedule == 'vp_linear':
         square = 1 - t
     elif schedule == 'vp_cosine':
         square = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2
-    elif schedule == 'vp_sqrt':
+    else:  # vp_sqrt
         square = (1 - t).sqrt()
-    else:
-        raise ValueError(f'no schedule {schedule!r}')
     return ((1 - 2e-4) * square + 1e-4).sqrt()
 
 
@@ -226,6 +227,9 @@ class LADD(mdlm.MDLM):
         c = config
         super().__init__(c, c.num_latents)
         self.discrete = c.latent == 'discrete'
+        mdlm.one_of('latent', c.latent, ('continuous', 'discrete'))
+        mdlm.one_of('latent_schedule', c.latent_schedule, mdlm.SCHEDULES if self.discrete else VP_SCHEDULES)
+        mdlm.one_of('times', c.times, ('same', 'independent'))
         self.stage, self.quantising = 2, True  # begin_step sets them while training
         self.encoder = Encoder(c)
         self.z_in = nn.Linear(c.latent_dim, c.hidden)

@@ -23,15 +23,16 @@ from model import DiT, head_cross_entropy, head_nll
 B_MIN, B_MAX = 1e-3, 20.0  # the geometric schedule's
 
 
+SCHEDULES = ('linear', 'polynomial', 'geometric')
+
+
 def alpha(t, schedule='linear'):
     """Probability that a token is still clean at time t; any tensor t in [0, 1] -> the same shape."""
     if schedule == 'linear':
         return 1 - t
     if schedule == 'polynomial':
         return 1 - t**2
-    if schedule == 'geometric':  # alpha_0 = .999, alpha_1 = 2e-9
-        return torch.exp(-B_MIN ** (1 - t) * B_MAX**t)
-    raise ValueError(f'no schedule {schedule!r}')
+    return torch.exp(-B_MIN ** (1 - t) * B_MAX**t)  # geometric: alpha_0 = .999, alpha_1 = 2e-9
 
 
 def elbo_weight(t, schedule='linear'):
@@ -40,7 +41,7 @@ def elbo_weight(t, schedule='linear'):
         return 1 / t
     if schedule == 'polynomial':
         return 2 / t
-    rate = B_MIN ** (1 - t) * B_MAX**t
+    rate = B_MIN ** (1 - t) * B_MAX**t  # geometric
     return rate * torch.log(torch.tensor(B_MAX / B_MIN)) / torch.expm1(rate)
 
 
@@ -140,6 +141,11 @@ def masked_rows(mask, total, uniform=True):
     return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)
 
 
+def one_of(key, value, allowed):
+    if value not in allowed:
+        raise ValueError(f'{key} is one of {", ".join(allowed)}, not {value!r}')
+
+
 @dataclass
 class Config:
     vocab_size: int = 0  # from the data; id vocab_size is [mask]
@@ -159,6 +165,8 @@ class MDLM(nn.Module):
     def __init__(self, config, num_latents=0):
         super().__init__()
         c = self.config = config
+        one_of('schedule', c.schedule, SCHEDULES)
+        one_of('weighting', c.weighting, ('elbo', 'constant'))
         self.mask_id = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size + 1, c.hidden)
         modalities = 2 if num_latents else 1  # LADD is this class with a second modality

@@ -135,9 +135,9 @@ class DiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need it, some at a time
 
-def rows_per_chunk(vocab_size, budget=2**25):
-    """How many rows of logits to hold at once: 2^25 fp32 logits are 128 MiB."""
-    return max(1, budget // vocab_size)
+def rows_at_once(vocab_size, device, cpu=2**26, gpu=2**28):
+    """How many rows of logits to hold at once, by how many logits there may be (2^26 bf16 numbers are 128 MiB)."""
+    return max(1, (gpu if device.type == 'cuda' else cpu) // vocab_size)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
@@ -150,18 +150,20 @@ class HeadCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, W, b, targets, weights):
         dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
         loss = h.new_zeros((), dtype=torch.float32)
-        size = rows_per_chunk(len(W))
+        size = rows_at_once(len(W), h.device)
+        part = rows_at_once(len(W), h.device, cpu=2**22)  # on a CPU the fp32 softmax stays in the cache
         for start in range(0, len(h), size):
             chunk = slice(start, start + size)
             target, weight = targets[chunk, None], weights[chunk, None]
-            logits = F.linear(h[chunk], W, b)  # bf16 under autocast
-            log_p = logits.float().log_softmax(dim=-1)
-            log_p_target = log_p.gather(1, target)
-            loss -= (weight * log_p_target).sum()
-            d_logits = log_p.exp_().scatter_(1, target, log_p_target.expm1()).to(logits.dtype)  # p - 1 at the target, p elsewhere
-            dh[chunk] = weight * (d_logits @ W)  # the weights go where numbers are few
-            dW += d_logits.T @ (weight * h[chunk]).to(logits.dtype)
-            db += weights[chunk].to(logits.dtype) @ d_logits
+            logits = F.linear(h[chunk], W, b)  # bf16 under autocast; becomes its own gradient
+            for d_logits, t, w in zip(logits.split(part), target.split(part), weight.split(part)):
+                log_p = d_logits.float().log_softmax(dim=-1)
+                log_p_target = log_p.gather(1, t)
+                loss -= (w * log_p_target).sum()
+                d_logits.copy_(log_p.exp_().scatter_(1, t, log_p_target.expm1()))  # p, and p - 1 at the target
+            dh[chunk] = weight * (logits @ W)  # the weights go where numbers are few
+            dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
+            db += weights[chunk].to(logits.dtype) @ logits
         ctx.save_for_backward(dh, dW, db)
         return loss
 
@@ -177,6 +179,6 @@ def head_cross_entropy(head, h, targets, weights):
 
 def head_nll(head, h, targets):
     """h (R, d), targets (R,) -> -log p(target) in nats, fp32 (R,), without gradients; the logits of one chunk at a time."""
-    size = rows_per_chunk(head.out_features)
+    size = rows_at_once(head.out_features, h.device)
     chunks = zip(h.split(size), targets.split(size))
     return torch.cat([F.cross_entropy(head(hs).float(), ts, reduction='none') for hs, ts in chunks])

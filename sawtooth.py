@@ -244,11 +244,18 @@ def pictures(panels, path):
     plt.close()
 
 
+defaults = dict(
+    num_samples=20480,
+    steps='1,2,4,8,16,32',  # token steps
+    max_exact=128,          # the exact denoisers up to this many
+    device='cpu',
+    save='out/sawtooth',    # -> out/sawtooth.png, out/sawtooth_samples.png; the numbers are kept in each out_dir
+)
+
+
 def main(argv):
     from checkpoint import load_method
     from configurator import UserError, configure
-    defaults = dict(num_samples=20480, steps='1,2,4,8,16,32', max_exact=128, device='cpu',
-                    save='out/sawtooth')  # -> out/sawtooth.png, out/sawtooth_samples.png; results are kept in each out_dir
     c = configure(defaults, [a for a in argv if a.startswith('-')])
     out_dirs, n = [a for a in argv if not a.startswith('-')], c['num_samples']
     if not out_dirs:

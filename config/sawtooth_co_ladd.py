@@ -22,12 +22,12 @@ unit_norm = True
 latent_layers = 3        # the latent denoiser of sequential sampling
 latent_schedule = 'vp_sqrt'
 times = 'independent'
-weighting = 'elbo'
+weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
 stage1_iters = 600
 stage1_t_min = 0.8
 stage1_clean = True
-p_start = 0.1
+p_start = 0.25
 
 batch_size = 32
 max_iters = 3600
@@ -35,6 +35,6 @@ learning_rate = 3e-3
 warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03
-ema = 0.99
+ema = 0.999
 eval_interval = 1000
 eval_seqs = 2048

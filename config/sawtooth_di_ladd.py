@@ -8,7 +8,7 @@ Departs from the official settings (sawtooth_di_ladd_paper.py):
 - for the first 450 steps the latent passes unquantised; then k-means on the warm encoder places the codes. Started cold, they would
   quantise noise, and the straight-through gradient would have to move everything at once
 - 63 codes: the shift is known from 128 coins to about a fifteenth of a period, and a batch of 32 texts touches 32 codes
-- a tenth of the texts in stage 2 is fully masked (p_start): this is where sequential sampling asks for the first code
+- a quarter of the texts in stage 2 is fully masked (p_start): this is where sequential sampling asks for the first code
 """
 dataset = 'sawtooth'
 method = 'ladd'
@@ -26,13 +26,13 @@ vq_decay = 0.99          # .95 is for batches in which every code is chosen
 dead_below = 0.05        # likewise: a code is chosen 32 / 63 = .5 times per batch on average
 latent_schedule = 'linear'
 times = 'independent'
-weighting = 'elbo'
+weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
 stage1_iters = 700
 stage1_t_min = 0.8
 stage1_clean = True
 vq_start = 450
-p_start = 0.1
+p_start = 0.25
 
 batch_size = 32
 max_iters = 3700
@@ -40,6 +40,6 @@ learning_rate = 3e-3
 warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03
-ema = 0.99
+ema = 0.999
 eval_interval = 1000
 eval_seqs = 2048

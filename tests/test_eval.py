@@ -238,8 +238,8 @@ def test_samplers_for_which_steps_has_no_say(tmp_path, capsys):
 def test_other_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, 'DATA', str(tmp_path))
     monkeypatch.setattr(sample, 'DATA', str(tmp_path))
-    for name in ('set', 'zeroshot/ptb', 'zeroshot/other'):
-        prepare(tmp_path, name, CHARS[::-1] if name == 'zeroshot/other' else CHARS)
+    prepare(tmp_path, 'set')
+    prepare(tmp_path, 'zeroshot/ptb')
     prepare(tmp_path, 'zeroshot/other', 'bcdefghij')
     make('mdlm', 'out/m', dataset='set')
     open('text.txt', 'w').write('abc def ' * 4)
@@ -251,8 +251,7 @@ def test_other_texts(tmp_path, monkeypatch, capsys):
     x = torch.tensor(Char(CHARS, True).encode('abc def ' * 3)).view(2, L)
     method = checkpoint.load_method('out/m', 'cpu')[0]
     assert text['val_nll'] == pytest.approx(method.nll(x, eval.Noise(0, 0, torch.arange(2), 2)).mean().item() / L, rel=1e-5)
-    assert 'another tokenizer' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', '--data=zeroshot/other', *ARGS)
-    assert 'cannot' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', '--data=nowhere', *ARGS) or True
+    assert 'different tokenizers' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', '--data=zeroshot/other', *ARGS)
 
 
 def test_text_files_are_wrapped_as_the_training_texts_were():
@@ -303,12 +302,13 @@ def test_swd_is_sawtooths(capsys):
     (['--metrics=gen_ppl', '--teacher=out/s'], 'nothing in common'),
     (['--out_dir=out/s', '--metrics=gen_ppl'], 'sawtooth has no text'),
     (['--out_dir=out/s', '--metrics=mauve'], 'sawtooth is not'),
-    (['--metrics=gen_ppl', '--teacher=no/such-model'], 'cannot load the teacher no/such-model'),
+    (['--metrics=gen_ppl', '--teacher=broken'], 'cannot load the teacher broken'),
 ])
 def test_mistakes(argv, match, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     make('mdlm', 'out/m')
     make('ar', 'out/s', dataset='sawtooth', vocab_size=2)
+    os.makedirs('broken')
+    open('broken/config.json', 'w').write('{}')
     open('short.txt', 'w').write('abc')
     open('latin.txt', 'wb').write(b'\xe9')
     assert match in fails(eval, monkeypatch, capsys, *([] if argv[0].startswith('--out_dir') else ['--out_dir=out/m']), *argv, *ARGS)

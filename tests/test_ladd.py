@@ -53,9 +53,10 @@ def test_abar_is_its_wrapped_closed_form(schedule, square):
     assert (abar(torch.linspace(0, 1, 100), schedule).diff() < 0).all()
 
 
-def test_unknown_latent_schedule_is_refused():
-    with pytest.raises(ValueError, match='vp_cubic'):
-        abar(torch.tensor(0.5), 'vp_cubic')
+def test_unknown_latent_choices_are_refused():
+    for wrong in (dict(latent_schedule='linear'), dict(latent='discrete', latent_schedule='vp_sqrt'), dict(latent='both'), dict(times='equal')):
+        with pytest.raises(ValueError, match=f'{[*wrong][-1]} is one of .* not {[*wrong.values()][-1]!r}'):
+            make(**wrong)
 
 
 @pytest.mark.parametrize('schedule', SCHEDULES)

@@ -64,9 +64,11 @@ def test_elbo_weight_is_minus_alpha_prime_over_one_minus_alpha(schedule):
     torch.testing.assert_close(elbo_weight(t.detach(), schedule), (-slope / (1 - a)).detach(), rtol=1e-5, atol=0)
 
 
-def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match='cosine'):
-        alpha(torch.tensor(0.5), 'cosine')
+def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match='schedule.*cosine'):
+        tiny(schedule='cosine')
+    with pytest.raises(ValueError, match='weighting.*flat'):
+        tiny(weighting='flat')
 
 
 def test_time_grid_runs_from_one_to_zero_in_double_precision():
@@ -154,6 +156,18 @@ def test_nll_of_a_uniform_model_is_L_log_V(schedule):
     assert nats.shape == (40960,) and close(nats, 16 * math.log(5))
 
 
+def test_only_the_geometric_schedule_owes_a_reconstruction_term():
+    """It starts at alpha_0 = .999: on average (1 - alpha_0) L log V nats of a uniform model."""
+    x = torch.randint(5, (4096, 16), generator=generator())
+    assert tiny().reconstruction(x, whole(4096)) == tiny(schedule='polynomial').reconstruction(x, whole(4096)) == 0
+    model = tiny(schedule='geometric')
+    nats = torch.cat([model.reconstruction(x, whole(4096, step=step)) for step in range(10)])
+    assert close(nats, (1 - CLOSED_FORMS['geometric'](0)) * 16 * math.log(5)) and nats.mean() > 0.02
+    noise, t = whole(4096), whole(4096).times('t_x')
+    diffusion = elbo_weight(t, 'geometric') * model.masked_nll(torch.zeros(4096, 16, 16), x, model.corrupt(x, t, noise)[1])
+    torch.testing.assert_close(model.nll(x, noise), diffusion + model.reconstruction(x, noise))
+
+
 def test_loss_and_nll_agree():
     """Training loss and validation bound are one quantity: nats per token against nats per sequence."""
     model, x = scrambled(tiny()), torch.randint(5, (512, 16), generator=generator())
@@ -223,9 +237,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
         assert chi_square(counts[nucleus], torch.tensor([probs[i] for i in nucleus])) < 4.5
 
 
-def test_draws_from_bf16_logits_are_normalised_in_high_precision():
-    logits = (3 * torch.randn(64, 1000, generator=generator())).bfloat16()
-    assert torch.equal(draw_tokens(logits, generator=generator(1)), draw_tokens(logits.double(), generator=generator(1)))
+def test_draws_from_bf16_logits_are_made_in_high_precision():
+    """A sum of 1000 small probabilities in bf16 would never reach top_p."""
+    logits = (0.1 * torch.randn(500, 1000, generator=generator())).bfloat16()
+    assert torch.equal(*(draw_tokens(lg, top_p=0.8, generator=generator(1)) for lg in (logits, logits.double())))
 
 
 # --- the Gumbel trap: a vocabulary of 50k words in 10 classes of 5000, each class .6 times as likely as the last ------------------

@@ -50,6 +50,7 @@ def test_normal_has_its_law():
 @pytest.mark.parametrize('a, b', [
     (batch().uniform('a'), batch().uniform('b')),
     (batch().uniform('mask', 4), batch().uniform('z_mask', 4)),
+    (batch().uniform('t_x'), batch().uniform('t_z')),
     (batch().uniform('a'), batch().uniform('a', 1)[:, 0]),
     (batch(seed=0).uniform('a'), batch(seed=1).uniform('a')),
     (batch(step=0).uniform('a'), batch(step=1).uniform('a')),
@@ -58,7 +59,7 @@ def test_normal_has_its_law():
     (batch().uniform('a', 8)[:-1], batch().uniform('a', 8)[1:]),
     (batch().uniform('a', 8)[:-1, 1:], batch().uniform('a', 8)[1:, :-1]),
     (batch().uniform('a', 8)[:, :-1], batch().uniform('a', 8)[:, 1:]),
-], ids=['names', 'names, many', 'shapes', 'seeds', 'steps', 'seed and step', 'rows', 'rows, many', 'diagonal', 'columns'])
+], ids=['names', 'names, many', 'names, alike', 'shapes', 'seeds', 'steps', 'seed and step', 'rows', 'rows, many', 'diagonal', 'columns'])
 def test_draws_are_independent(a, b):
     """Pairs fill a 16 x 16 grid evenly, which is more than being uncorrelated."""
     pairs = (a * 16).long() * 16 + (b * 16).long()

@@ -13,7 +13,7 @@ from configurator import UserError, run
 from data.common import Char
 from sample import generate, read_prompt
 
-L, CHARS = 12, ' abcdefg\n'
+L, CHARS = 12, '\n abcdefg'
 TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', wrap=False,
             tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
 METHODS = {'mdlm': {}, 'ar': {}, 'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
@@ -202,7 +202,7 @@ def test_show_redraws_in_place_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sample.time, 'sleep', lambda s: None)
     tok, out = Char(CHARS, True), Screen()
     callback = sample.show(tok.decode, 10, out)
-    for i, x in enumerate([[1, 10, 10], [1, 2, 10]]):
+    for i, x in enumerate([[2, 10, 10], [2, 3, 10]]):
         callback(i, torch.tensor([x]))
     frames = out.getvalue().split('\033[H\033[J')[1:]
     assert frames[0].startswith('\033[1;32ma\033[0m\033[2m░░\033[0m\n')  # one new, two masked
@@ -213,7 +213,7 @@ def test_show_prints_some_frames_elsewhere():
     tok, out = Char(CHARS, True), io.StringIO()
     callback = sample.show(tok.decode, 10, out)
     for i in range(7):
-        callback(i, torch.tensor([[1] * i + [10] * (7 - i)]))
+        callback(i, torch.tensor([[2] * i + [10] * (7 - i)]))
     assert out.getvalue() == '--- step 1\n' + '░' * 7 + '\n--- step 2\na' + '░' * 6 + '\n--- step 4\naaa' + '░' * 4 + '\n'
 
 
