@@ -24,16 +24,16 @@ import torch.nn.functional as F
 
 import ar
 import mdlm
-from checkpoint import build, method_fields
+from checkpoint import build, method_fields, pick_device
 from configurator import UserError, configure, run
 from data.common import open_data
 from noise import Noise
-from train import check, defaults, pick_device
+from train import check, defaults
 
 defaults = dict(
     defaults,
     vocab_size=0,              # 0: the data set's; otherwise random tokens
-    iters=5,                   # training steps that are timed, after two that are not; the median counts
+    iters=5,                   # training steps that are timed; the median counts
     steps=64,                  # of the sampler
     num_samples=2,             # sequences sampled at once; 0: no sampling
     variant='',                # (what a process of its own measures: ours | full)
@@ -110,8 +110,6 @@ def measure(c, config, device, L):
         if isinstance(method, mdlm.MDLM):
             method.token_loss = MethodType(full_token_loss, method)
     params = list(method.parameters())
-    ema = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
     if c.compile:
         method.compile()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
@@ -119,7 +117,7 @@ def measure(c, config, device, L):
     rows = torch.arange(c.batch_size, device=device)
     x = torch.randint(c.vocab_size, (c.batch_size, L), device=device)
 
-    def train_step(step):
+    def gradient(step):
         noise = Noise(c.seed, step, rows, c.batch_size)
         if hasattr(method, 'begin_step'):
             with autocast:
@@ -129,13 +127,24 @@ def measure(c, config, device, L):
                 loss, _ = method(x[i:i + micro], noise[i:i + micro])
             (loss * (micro / c.batch_size)).backward()
         torch.nn.utils.clip_grad_norm_(params, c.grad_clip or float('inf'))
+
+    for step in range(2):
+        gradient(step)
+        method.zero_grad(set_to_none=True)
+    result = {'gradient_memory': peak_memory(device)}
+    ema = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
+
+    def train_step(step):
+        gradient(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(ema, params, 1 - c.ema)
 
-    times = [seconds(lambda: train_step(step), device) for step in range(2 + c.iters)][2:]
-    result = {'tokens_per_s': c.batch_size * L / statistics.median(times), 'memory': peak_memory(device)}
+    train_step(2)
+    times = [seconds(lambda: train_step(3 + i), device) for i in range(c.iters)]
+    result.update(tokens_per_s=c.batch_size * L / statistics.median(times), memory=peak_memory(device))
     del optimizer, ema
     method.eval()
     n = c.num_samples
@@ -177,12 +186,13 @@ def main(argv):
     print(f'{flops / L / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: {source}', flush=True)
     ours, full = (json.loads(subprocess.run([sys.executable, __file__, *argv, f'--variant={v}'], stdout=subprocess.PIPE, text=True, check=True).stdout)
                   for v in ('ours', 'full'))
-    print(f'{"":34}{"here":>12}{"full head":>12}{"ratio":>9}')
+    print(f'{"":38}{"here":>12}{"full head":>12}{"ratio":>9}')
     for text, key, scale in [('training, tokens/s', 'tokens_per_s', 1), ('training, MFU in %', 'tokens_per_s', 100 * flops / L / peak),
-                             ('training, peak memory in GB', 'memory', 1e-9), (f'sampling {c.steps} steps, s/sequence', 'sampling', 1)]:
+                             ('peak memory in GB: forward, backward', 'gradient_memory', 1e-9),
+                             ('                   and AdamW, EMA', 'memory', 1e-9), (f'sampling {c.steps} steps, s/sequence', 'sampling', 1)]:
         a, b = ours.get(key), full.get(key)
         if a:
-            print(f'{text:34}{a * scale:12,.4g}' + (f'{b * scale:12,.4g}{a / b:8.3g}x' if b else ''), flush=True)
+            print(f'{text:38}{a * scale:12,.4g}' + (f'{b * scale:12,.4g}{a / b:8.3g}x' if b else ''), flush=True)
 
 
 if __name__ == '__main__':

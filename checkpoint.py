@@ -90,3 +90,14 @@ def load_method(out_dir, device, ema=True):
     except RuntimeError as e:
         raise UserError(f'{path} does not fit the method {checkpoint["config"]["method"]} of today; train it anew with --init_from=scratch') from e
     return method.to(device).eval(), checkpoint
+
+
+def pick_device(name):
+    """'auto' | 'cpu' | 'cuda' | 'mps' -> torch.device; under torchrun each process takes its own GPU."""
+    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if not there.get(name):
+        raise UserError(f'device={name!r} is not there; this machine has: {", ".join(k for k, v in there.items() if v)}')
+    if name == 'cuda':
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    return torch.device(name)

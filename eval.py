@@ -41,12 +41,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import load_method
+from checkpoint import load_method, pick_device
 from configurator import UserError, configure, nearest, run
 from data.common import cache_only_if_offline, first_line, load_tokenizer, open_data
 from noise import Noise
 from sample import generate, load, open_tokenizer, sampling_options, shared
-from train import pick_device
 
 METRICS = ('val_ppl', 'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput')
 defaults = dict(

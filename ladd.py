@@ -182,7 +182,7 @@ class Config(mdlm.Config):
     latent: str = 'continuous'  # continuous: Co-LADD | discrete: Di-LADD
     num_latents: int = 1  # M
     latent_dim: int = 32  # D
-    latent_schedule: str = 'vp_sqrt'  # vp_linear | vp_cosine | vp_sqrt; of codes: linear | polynomial | geometric
+    latent_schedule: str = 'vp_sqrt'  # vp_linear | vp_cosine | vp_sqrt; of codes: linear | polynomial
     codebook_size: int = 511  # usable codes (the paper's 512 counts the mask)
     vq_decay: float = 0.95  # per step; slower for small batches, which touch few codes
     dead_below: float = 2.0  # a code chosen less often than this per batch starts anew
@@ -228,7 +228,9 @@ class LADD(mdlm.MDLM):
         super().__init__(c, c.num_latents)
         self.discrete = c.latent == 'discrete'
         mdlm.one_of('latent', c.latent, ('continuous', 'discrete'))
-        mdlm.one_of('latent_schedule', c.latent_schedule, mdlm.SCHEDULES if self.discrete else VP_SCHEDULES)
+        masking = ('linear', 'polynomial')  # not geometric: alpha_0 < 1 would owe both channels a reconstruction term
+        mdlm.one_of('schedule', c.schedule, masking)
+        mdlm.one_of('latent_schedule', c.latent_schedule, masking if self.discrete else VP_SCHEDULES)
         mdlm.one_of('times', c.times, ('same', 'independent'))
         self.stage, self.quantising = 2, True  # begin_step sets them while training
         self.encoder = Encoder(c)
@@ -296,7 +298,9 @@ class LADD(mdlm.MDLM):
         self.encoder.train(self.stage == 1)
         if self.discrete and step == c.vq_start and self.stage == 1:
             n = max(1, 16 * c.codebook_size // c.num_latents)  # 16 vectors for every code
+            self.encoder.eval()
             e = torch.cat([self.encode(x) for x in draw_rows(n).split(256)])
+            self.encoder.train()
             self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
 
     def forward(self, x, noise):
@@ -332,8 +336,10 @@ class LADD(mdlm.MDLM):
 
         h_x, h_z = self.hidden_states(x_t, z_t, t_z)
         token_loss, overflow = self.token_loss(h_x, x, mask, t_x, noise.total, uniform=not (first and c.stage1_t_min or c.p_start))
-        loss = c.lambda_x * token_loss + vq_loss
-        if not first:
+        loss = c.lambda_x * token_loss
+        if first:
+            loss = loss + vq_loss
+        else:
             def latent_loss(prediction):
                 if not self.discrete:
                     return ((prediction - z_0).square().mean(dim=(1, 2)) * ~drop).mean()
@@ -388,6 +394,8 @@ class LADD(mdlm.MDLM):
                x=None, generator=None, callback=None):
         """-> (n, L) ids. joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens."""
         c, device = self.config, self.head.weight.device
+        if strategy == 'joint' and sampler == 'first_hitting':
+            raise ValueError('first_hitting is for the sequential strategy: joint latents move on a grid')
         if x is None:
             x = torch.full((n, c.block_size), self.mask_id, device=device)
         z = self.latent_prior(n, generator)

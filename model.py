@@ -135,8 +135,8 @@ class DiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need it, some at a time
 
-def rows_at_once(vocab_size, device, cpu=2**26, gpu=2**28):
-    """How many rows of logits to hold at once, by how many logits there may be (2^26 bf16 numbers are 128 MiB)."""
+def rows_at_once(vocab_size, device, cpu=2**25, gpu=2**28):
+    """How many rows of logits to hold at once, from the number of logits that may be (2^25 bf16 numbers are 64 MiB)."""
     return max(1, (gpu if device.type == 'cuda' else cpu) // vocab_size)
 
 

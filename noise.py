@@ -64,7 +64,7 @@ class Noise:
         """
         stratum = self.permutation(name, self.total)[self.rows]
         offset = unit(self._bits(name + ' offset', self.rows.new_zeros(1)))
-        return (offset + stratum / self.total) % 1
+        return ((offset + stratum / self.total) % 1).clamp(min=2.0**-24)  # 0 would have an infinite ELBO weight
 
     def permutation(self, name, n):
         """A random order of 0 ... n-1, int64 (n,), the same in every process."""

@@ -23,10 +23,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from checkpoint import load_method
+from checkpoint import load_method, pick_device
 from configurator import UserError, configure, run
 from data.common import DATA, Char, load_tokenizer, read_meta
-from train import pick_device
 
 shared = dict(  # with eval.py
     out_dir='',                # a run of train.py ...
@@ -56,7 +55,7 @@ def load(c, device):
     if bool(c.out_dir) == bool(c.init_from):
         raise UserError('name one model: --out_dir=out/NAME (a run of train.py) or --init_from=HUB_ID (published weights)')
     if c.init_from:
-        from checkpoint import load_hub
+        from hub import load_hub
         method, config = load_hub(c.init_from, device)
         return method, {**config, 'step': None}
     method, checkpoint = load_method(c.out_dir, device)

@@ -102,7 +102,8 @@ def reference(draw, n, directions):
 def project(x, directions):
     theta = torch.randn(directions, L, generator=torch.Generator().manual_seed(0))
     theta = theta / theta.norm(dim=1, keepdim=True)
-    return torch.from_numpy(np.sort((theta @ x.float().T).numpy(), axis=1))
+    with torch.autocast('cpu', enabled=False):
+        return torch.from_numpy(np.sort((theta @ x.float().T).numpy(), axis=1))
 
 
 def swd(x, draws=3, directions=1000):

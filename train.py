@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import build, load, method_fields, save
+from checkpoint import build, load, method_fields, pick_device, save
 from configurator import UserError, configure, run
 from data.common import open_data
 from model import DiT
@@ -32,6 +32,7 @@ from noise import Noise
 defaults = dict(
     out_dir='out/run',         # a config file NAME.py makes it out/NAME
     init_from='auto',          # auto: continue what out_dir holds, start if it holds nothing | scratch: start over | resume: continue or fail
+                               # | HUB_ID or folder: as auto, but start from published MDLM weights, see hub.py
     method='mdlm',             # mdlm | ladd | ar | ldlm; its own keys (hidden, num_layers ...) are in the Config of its file
     dataset='sawtooth',        # sawtooth, or a folder of data/ that prepare.py has filled
     block_size=0,              # tokens per sequence; 0: the data set's own (sawtooth has 128)
@@ -67,7 +68,7 @@ def check(c, world):
     """UserError for values of the right type that make no sense together."""
     share = c.batch_size // world
     rules = [
-        (c.init_from in ('auto', 'scratch', 'resume'), f'init_from is auto, scratch or resume, not {c.init_from!r}'),  # a HUB_ID will go here
+        (c.init_from in ('auto', 'scratch', 'resume') or '/' in c.init_from, f'init_from is auto, scratch, resume, OWNER/NAME of the hub or a folder, not {c.init_from!r}'),
         (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}'),
         (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
         *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
@@ -84,17 +85,6 @@ def check(c, world):
             raise UserError(message)
     if hasattr(c, 'num_heads') and c.hidden % (2 * c.num_heads):
         raise UserError(f'hidden={c.hidden} does not divide into {c.num_heads} heads of an even width')
-
-
-def pick_device(name):
-    """'auto' | 'cpu' | 'cuda' | 'mps' -> torch.device; under torchrun each process takes its own GPU."""
-    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if not there.get(name):
-        raise UserError(f'device={name!r} is not there; this machine has: {", ".join(k for k, v in there.items() if v)}')
-    if name == 'cuda':
-        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    return torch.device(name)
 
 
 def learning_rate(c, step):
@@ -223,18 +213,32 @@ def main(argv):
     c = SimpleNamespace(**config)
     check(c, world)
     device = pick_device(c.device)
+    published = '/' in c.init_from  # weights of others, and so their shape
+    if published:
+        from hub import load_hub
+        method, theirs = load_hub(c.init_from, 'cpu')
+        config.update({k: theirs[k] for k in ('method', *method_fields('mdlm')) if k in theirs and not (k == 'block_size' and c.block_size)})
+        c = SimpleNamespace(**config)
     train_data = open_data(c.dataset, 'train', c.block_size)
     val_data = open_data(c.dataset, 'val', c.block_size)
     L = train_data.block_size
     if c.block_size not in (0, L):
         raise UserError(f'{c.dataset} has sequences of {L} tokens, not block_size={c.block_size}')
     config.update(vocab_size=train_data.vocab_size, block_size=L)
+    if hasattr(train_data, 'tokenizer'):  # the checkpoint can then read and write text without the data
+        config.update(tokenizer=train_data.tokenizer, wrap=train_data.wrap)
 
     torch.manual_seed(c.seed)  # every process begins with the same weights
-    method = build(config)
+    if published:
+        if train_data.vocab_size != theirs['vocab_size']:
+            raise UserError(f'{c.init_from} has {theirs["vocab_size"]:,} tokens and {c.dataset} has {train_data.vocab_size:,}; prepare the data with its tokenizer')
+        weights, method = method.state_dict(), build(config)
+        method.load_state_dict(weights)
+    else:
+        method = build(config)
     path = os.path.join(c.out_dir, 'ckpt.pt')
     checkpoint = None
-    if c.init_from == 'resume' or c.init_from == 'auto' and os.path.exists(path):
+    if c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path):
         checkpoint = load(path)
         check_fits(checkpoint, config, method, c.out_dir)
         method.load_state_dict(checkpoint['model'])

@@ -24,13 +24,13 @@ latent_schedule = 'vp_sqrt'
 times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
-stage1_iters = 600
+stage1_iters = 1500
 stage1_t_min = 0.8
 stage1_clean = True
 p_start = 0.25
 
 batch_size = 32
-max_iters = 3600
+max_iters = 6000
 learning_rate = 3e-3
 warmup_iters = 50
 decay_lr = 'linear'

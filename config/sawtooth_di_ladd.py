@@ -33,9 +33,10 @@ stage1_t_min = 0.8
 stage1_clean = True
 vq_start = 450
 p_start = 0.25
+lambda_z = 0.1           # one code loss is of the size of all 128 token losses together: do not let it drown them
 
 batch_size = 32
-max_iters = 3700
+max_iters = 6000
 learning_rate = 3e-3
 warmup_iters = 50
 decay_lr = 'linear'

@@ -448,6 +448,13 @@ def test_joint_calls(latent):
     assert all((x == V).any() for x in states[:-1]) and (states[-1] < V).all()
 
 
+def test_first_hitting_is_for_the_sequential_strategy():
+    model = make().eval()
+    assert model.sample(8, 3, 'seq', sampler='first_hitting', generator=generator()).max() < V
+    with pytest.raises(ValueError, match='first_hitting'):
+        model.sample(8, 3, 'joint', sampler='first_hitting')
+
+
 def test_joint_with_one_step_sees_pure_noise():
     """Everything is drawn from p(. | all masked, z_1): the tokens of one joint step know nothing of the latent made in it."""
     def denoise(x_t, z_t, t, where):

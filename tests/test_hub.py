@@ -1,0 +1,138 @@
+"""The official network, written here once more and without a look at model.py, must compute the same function as our DiT."""
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hub
+from configurator import UserError
+from hub import load_hub
+
+V, D, LAYERS, HEADS, COND, L = 11, 24, 3, 3, 10, 9  # V counts [mask]
+CONFIG = dict(model_type='mdlm', vocab_size=V, model_length=L, hidden_dim=D, cond_dim=COND, n_blocks=LAYERS, n_heads=HEADS, dropout=0.1,
+              time_conditioning=False)
+
+
+def official_shapes():
+    shapes = {'vocab_embed.embedding': (V, D), 'sigma_map.mlp.0.weight': (COND, 256), 'sigma_map.mlp.0.bias': (COND,),
+              'sigma_map.mlp.2.weight': (COND, COND), 'sigma_map.mlp.2.bias': (COND,), 'rotary_emb.inv_freq': (D // HEADS // 2,),
+              'output_layer.norm_final.weight': (D,), 'output_layer.linear.weight': (V, D), 'output_layer.linear.bias': (V,),
+              'output_layer.adaLN_modulation.weight': (2 * D, COND), 'output_layer.adaLN_modulation.bias': (2 * D,)}
+    for n in range(LAYERS):
+        shapes.update({f'blocks.{n}.{name}': shape for name, shape in {
+            'norm1.weight': (D,), 'norm2.weight': (D,), 'attn_qkv.weight': (3 * D, D), 'attn_out.weight': (D, D),
+            'mlp.0.weight': (4 * D, D), 'mlp.0.bias': (4 * D,), 'mlp.2.weight': (D, 4 * D), 'mlp.2.bias': (D,),
+            'adaLN_modulation.weight': (6 * D, COND), 'adaLN_modulation.bias': (6 * D,)}.items()})
+    return shapes
+
+
+def official_weights():
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=g) * 0.3 + ('norm' in name) for name, shape in official_shapes().items()}
+
+
+def official_log_probs(w, x):
+    """x (b, l) -> log p (b, l, V - 1): DDiT at sigma = 0, then SUBS at masked positions."""
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
+
+    freqs = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    t_freq = torch.cat((torch.cos(0 * freqs), torch.sin(0 * freqs)))
+    c = w['sigma_map.mlp.0.weight'] @ t_freq + w['sigma_map.mlp.0.bias']
+    c = w['sigma_map.mlp.2.weight'] @ (c * torch.sigmoid(c)) + w['sigma_map.mlp.2.bias']
+    c = c * torch.sigmoid(c)
+
+    head_dim, length = D // HEADS, x.shape[1]
+    angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)  # (l, head_dim)
+
+    def rotary(q):  # (b, l, head_dim)
+        half = head_dim // 2
+        return q * cos + torch.cat((-q[..., half:], q[..., :half]), dim=-1) * sin
+
+    h = w['vocab_embed.embedding'][x]
+    for n in range(LAYERS):
+        def p(name):
+            return w[f'blocks.{n}.{name}']
+        shift1, scale1, gate1, shift2, scale2, gate2 = (p('adaLN_modulation.weight') @ c + p('adaLN_modulation.bias')).split(D)
+        qkv = (norm(h, f'blocks.{n}.norm1.weight') * (1 + scale1) + shift1) @ p('attn_qkv.weight').T
+        heads = []
+        for i in range(HEADS):  # the 3 D features are (three, head, head_dim)
+            q, k, v = (qkv[..., j * D + i * head_dim:j * D + (i + 1) * head_dim] for j in range(3))
+            heads.append((rotary(q) @ rotary(k).mT / head_dim**0.5).softmax(-1) @ v)
+        h = h + gate1 * (torch.cat(heads, dim=-1) @ p('attn_out.weight').T)
+        y = (norm(h, f'blocks.{n}.norm2.weight') * (1 + scale2) + shift2) @ p('mlp.0.weight').T + p('mlp.0.bias')
+        y = 0.5 * y * (1 + torch.tanh((2 / math.pi) ** 0.5 * (y + 0.044715 * y**3)))
+        h = h + gate2 * (y @ p('mlp.2.weight').T + p('mlp.2.bias'))
+    shift, scale = (w['output_layer.adaLN_modulation.weight'] @ c + w['output_layer.adaLN_modulation.bias']).split(D)
+    h = norm(h, 'output_layer.norm_final.weight') * (1 + scale) + shift
+    logits = h @ w['output_layer.linear.weight'].T + w['output_layer.linear.bias']
+    logits[..., V - 1] = -math.inf
+    return (logits - logits.logsumexp(-1, keepdim=True))[..., :-1]
+
+
+def write(folder, weights=None, prefix='backbone.', file='model.safetensors', **changes):
+    with open(folder / 'config.json', 'w') as f:
+        json.dump({**CONFIG, **changes}, f)
+    weights = {prefix + name: w for name, w in (weights or official_weights()).items()}
+    if file.endswith('.bin'):
+        torch.save(weights, folder / file)
+    else:
+        pytest.importorskip('safetensors.torch').save_file(weights, folder / file)
+    return str(folder)
+
+
+@pytest.mark.parametrize('file, prefix', [('model.safetensors', 'backbone.'), ('pytorch_model.bin', '')])
+def test_same_function(tmp_path, file, prefix):
+    method, config = load_hub(write(tmp_path, file=file, prefix=prefix), 'cpu')
+    x = torch.randint(V, (4, L), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = method.denoise(x, torch.ones_like(x, dtype=torch.bool)).view(4, L, V - 1).log_softmax(-1)
+    theirs = official_log_probs(official_weights(), x)
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert not method.training and method.mask_id == V - 1
+    assert config == dict(method='mdlm', dataset='openwebtext', tokenizer={'kind': 'gpt2'}, wrap=True, vocab_size=V - 1, block_size=L, hidden=D, num_layers=LAYERS,
+                          num_heads=HEADS, cond_dim=COND, dropout=0.1)
+    assert method.sample(2, steps=3).max() < V - 1
+
+
+def test_every_official_weight_matters(tmp_path):
+    """A weight that the mapping ignored would go unnoticed if it did not change the official function."""
+    x = torch.randint(V, (2, L), generator=torch.Generator().manual_seed(1))
+    everywhere = torch.ones_like(x, dtype=torch.bool)
+    before = load_hub(write(tmp_path), 'cpu')[0].denoise(x, everywhere)
+    for name, w in official_weights().items():
+        if name == 'rotary_emb.inv_freq':
+            continue
+        changed = load_hub(write(tmp_path, official_weights() | {name: w * 1.5}), 'cpu')[0]
+        assert not torch.equal(changed.denoise(x, everywhere), before), name
+
+
+def test_what_is_not_an_mdlm_is_refused(tmp_path):
+    weights = official_weights()
+    lacking = {k: v for k, v in weights.items() if k != 'blocks.1.norm2.weight'}
+    for what, message in [(dict(weights=lacking), 'blocks.1.norm2.weight'), (dict(weights=weights | {'y_embed.weight': torch.ones(1)}), 'y_embed.weight'),
+                          (dict(time_conditioning=True), 'time_conditioning True'), (dict(model_type='udlm'), 'udlm'), (dict(hidden_dim=48), 'size mismatch')]:
+        with pytest.raises(UserError, match='not an MDLM') as e:
+            load_hub(write(tmp_path, **what), 'cpu')
+        assert message in str(e.value) or message == 'size mismatch'
+    with pytest.raises(UserError, match='holds config.json'):
+        os.remove(tmp_path / 'model.safetensors')
+        load_hub(str(tmp_path), 'cpu')
+
+
+def test_offline_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip('huggingface_hub')
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(hub, 'cache_only_if_offline', lambda: None)
+    for name in ('kuleshov-group/mdlm-owt', 'no such/name at all'):
+        with pytest.raises(UserError, match='cannot fetch .* needs a network, or a folder with config.json and model.safetensors') as e:
+            load_hub(name, 'cpu')
+        assert '\n' not in str(e.value)
