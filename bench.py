@@ -160,6 +160,14 @@ def measure(c, config, device, L):
     return result
 
 
+def in_its_own_process(argv, variant):
+    """measure() where nothing else has been allocated before -> its dict; an empty one if the full head needs more than there is."""
+    done = subprocess.run([sys.executable, __file__, *argv, f'--variant={variant}'], stdout=subprocess.PIPE, text=True)
+    if done.returncode and variant == 'ours':
+        raise UserError('the measurement failed for the reason above')
+    return {} if done.returncode else json.loads(done.stdout)
+
+
 def main(argv):
     config = configure(defaults, argv, method_fields)
     c = SimpleNamespace(**config)
@@ -184,15 +192,14 @@ def main(argv):
     peak, source = peak_flops(device, getattr(torch, c.dtype))
     print(f'{c.method}, {c.num_layers} layers of width {c.hidden}, L = {L}, V = {V:,}, batch {c.batch_size}, {c.dtype}{", compiled" if c.compile else ""}')
     print(f'{flops / L / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: {source}', flush=True)
-    ours, full = (json.loads(subprocess.run([sys.executable, __file__, *argv, f'--variant={v}'], stdout=subprocess.PIPE, text=True, check=True).stdout)
-                  for v in ('ours', 'full'))
+    ours, full = in_its_own_process(argv, 'ours'), in_its_own_process(argv, 'full')
     print(f'{"":38}{"here":>12}{"full head":>12}{"ratio":>9}')
     for text, key, scale in [('training, tokens/s', 'tokens_per_s', 1), ('training, MFU in %', 'tokens_per_s', 100 * flops / L / peak),
                              ('peak memory in GB: forward, backward', 'gradient_memory', 1e-9),
                              ('                   and AdamW, EMA', 'memory', 1e-9), (f'sampling {c.steps} steps, s/sequence', 'sampling', 1)]:
-        a, b = ours.get(key), full.get(key)
-        if a:
-            print(f'{text:38}{a * scale:12,.4g}' + (f'{b * scale:12,.4g}{a / b:8.3g}x' if b else ''), flush=True)
+        if key in ours:
+            a, b = ours[key], full.get(key)
+            print(f'{text:38}{a * scale:12,.4g}' + (f'{b * scale:12,.4g}{a / b:8.3g}x' if b else f'{"-":>12}'))
 
 
 if __name__ == '__main__':

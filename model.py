@@ -151,7 +151,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
         loss = h.new_zeros((), dtype=torch.float32)
         size = rows_at_once(len(W), h.device)
-        part = rows_at_once(len(W), h.device, cpu=2**22)  # on a CPU the fp32 softmax stays in the cache
+        part = rows_at_once(len(W), h.device, cpu=2**21)  # on a CPU the fp32 softmax stays in the cache
         for start in range(0, len(h), size):
             chunk = slice(start, start + size)
             target, weight = targets[chunk, None], weights[chunk, None]
@@ -164,6 +164,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             dh[chunk] = weight * (logits @ W)  # the weights go where numbers are few
             dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
             db += weights[chunk].to(logits.dtype) @ logits
+            del logits, d_logits  # or the next chunk would come to lie beside this one
         ctx.save_for_backward(dh, dW, db)
         return loss
 

@@ -1,0 +1,26 @@
+"""
+The left-to-right model on Tiny Shakespeare by characters: as many parameters and tokens as shakespeare_char_mdlm.py.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/shakespeare_char_ar.py
+    python sample.py --out_dir=out/shakespeare_char_ar
+"""
+dataset = 'shakespeare_char'
+method = 'ar'
+block_size = 256  # characters
+
+hidden = 192
+num_layers = 4
+num_heads = 3
+cond_dim = 32
+
+batch_size = 16
+max_iters = 3500  # 14 million characters, 14 times the text
+learning_rate = 2e-3
+warmup_iters = 100
+decay_lr = 'linear'
+beta2 = 0.99
+weight_decay = 0.03
+ema = 0.999
+eval_interval = 500
+eval_seqs = 435  # the whole validation text

@@ -1,0 +1,200 @@
+"""The vocabulary head on masked rows only is the full computation: same loss, same gradients, never (B, L, V) logits, nothing recompiled."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+import checkpoint
+import model
+from mdlm import alpha, elbo_weight, masked_rows
+from noise import Noise
+
+V, B, L = 50, 8, 16
+
+
+def make(method='mdlm', **config):
+    torch.manual_seed(0)
+    m = checkpoint.build(dict(method=method, vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, **config))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.normal_(std=0.3)
+    return m
+
+
+def data(step=0, b=B):
+    x = torch.randint(V, (b, L), generator=torch.Generator().manual_seed(step))
+    return x, Noise(0, step, torch.arange(b), b)
+
+
+def full_loss(m, x, noise):
+    """MDLM's loss written down as in the paper, over all positions."""
+    t = 1e-4 + (1 - 1e-4) * noise.times('t_x')
+    x_t, mask = m.corrupt(x, t, noise)
+    log_p = m.head(m.dit(m.embed(x_t))).float().log_softmax(dim=-1)
+    nats = -log_p.gather(2, x[..., None])[..., 0] * mask
+    weight = elbo_weight(t, m.config.schedule) if m.config.weighting == 'elbo' else torch.ones_like(t)
+    return (weight * nats.sum(dim=1)).sum() / x.numel()
+
+
+def gradients(m, loss):
+    m.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in m.parameters()]
+
+
+@pytest.mark.parametrize('rows', [None, 7, 1], ids=['one chunk', 'many chunks', 'row by row'])
+@pytest.mark.parametrize('config', [{}, {'weighting': 'constant'}, {'schedule': 'geometric'}], ids=str)
+def test_same_loss_and_gradients(config, rows, monkeypatch):
+    if rows:
+        monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: max(1, rows // 2) if part else rows)
+    m, (x, noise) = make(**config), data()
+    loss, logs = m(x, noise)
+    assert logs['overflow'] == 0
+    full = full_loss(m, x, noise)
+    torch.testing.assert_close(loss, full, rtol=1e-5, atol=0)
+    for ours, theirs in zip(gradients(m, loss), gradients(m, full)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item() + 1e-9)
+
+
+def test_same_in_bfloat16():
+    m, (x, noise) = make(), data()
+    exact = gradients(m, full_loss(m, x, noise))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, full = m(x, noise)[0], full_loss(m, x, noise)
+    torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
+    for ours, theirs, exact in zip(gradients(m, loss), gradients(m, full), exact):
+        error = (theirs - exact).norm()  # as far from the fp32 gradient as bf16 is in any case
+        assert (ours - exact).norm() <= 1.5 * error + 1e-3 * exact.norm() + 1e-9
+
+
+def test_targets_that_are_nearly_certain_keep_their_gradient():
+    """In bf16 p = .9999 is 1, and p - 1 would be 0."""
+    head, h = torch.nn.Linear(1, 2, bias=True), torch.ones(1, 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[9.0], [0.0]]))
+        head.bias.zero_()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = model.head_cross_entropy(head, h, torch.tensor([0]), torch.ones(1))
+    loss.backward()
+    exact = torch.sigmoid(torch.tensor(-9.0))
+    torch.testing.assert_close(loss, F.softplus(torch.tensor(-9.0)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(head.weight.grad[:, 0], torch.stack((-exact, exact)), rtol=1e-2, atol=0)
+
+
+def test_backward_twice_is_an_error_not_a_wrong_gradient():
+    m, (x, noise) = make(), data()
+    loss, _ = m(x, noise)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+@pytest.mark.parametrize('method', ['mdlm', 'ar'])
+def test_logits_of_all_positions_never_exist(method, monkeypatch):
+    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: 10)
+    m = checkpoint.build(dict(method=method, vocab_size=2000, block_size=L, hidden=4, num_layers=1, num_heads=2, cond_dim=4))
+    x, noise = data()
+    with LargestTensor() as largest:
+        m(x, noise)[0].backward()
+        m.nll(x, noise)
+    assert largest.numel == 10 * 2000 < B * L * 2000
+    with LargestTensor() as largest:
+        m.sample(2, steps=L)  # about one token per call
+    assert largest.numel <= 8 * 2000  # and 2 * L * 2000 would be all
+
+
+def test_the_slots_hold_what_they_promise():
+    """Static number, every masked position in it (below capacity), each once; what finds no slot is counted."""
+    for b, total in [(8, 8), (8, 32), (1, 1), (64, 64)]:
+        sizes, static = set(), torch.compile(masked_rows, backend='eager', fullgraph=True)
+        for step in range(20):
+            noise = Noise(0, step, torch.arange(b) * (total // b), total)
+            mask = noise.uniform('mask', L) < 1 - alpha(noise.times('t_x'))[:, None]
+            rows, used, overflow = static(mask, total)
+            sizes.add(len(rows))
+            assert overflow == 0 and sorted(rows[used].tolist()) == mask.flatten().nonzero()[:, 0].tolist() and len(rows.unique()) == len(rows)
+            eager_rows, eager_used, _ = masked_rows(mask, total)  # a CPU drops the empty slots
+            assert torch.equal(eager_rows, rows[used]) and eager_used.all()
+        assert len(sizes) == 1 and sizes.pop() <= b * L
+
+
+@pytest.mark.parametrize('total, share', [(64, 0.53), (512, 0.71)], ids=['whole batch', 'an eighth of the batch'])
+def test_slots_are_few(total, share):
+    """A whole batch of stratified times has nearly the mean; a part of one draws its strata at random, and must be ready for more."""
+    rows, _, _ = torch.compile(masked_rows, backend='eager')(torch.zeros(64, 512, dtype=torch.bool), total)
+    assert len(rows) < share * 64 * 512
+
+
+def test_overflow_is_counted_and_not_silent(monkeypatch):
+    m, (x, noise) = make(), data(b=64)
+    everything = torch.ones_like(x, dtype=torch.bool)
+    h = m.dit(m.embed(x))
+    loss, overflow = m.token_loss(h, x, everything, torch.full((64,), 0.5), 64)
+    assert 0 < overflow == everything.sum() - len(masked_rows(everything, 64)[0])
+    _, overflow = m.token_loss(h, x, everything, torch.full((64,), 0.5), 64, uniform=False)
+    assert overflow == 0
+    monkeypatch.setattr(m, 'corrupt', lambda x, t, noise: (x, everything))
+    assert m(x, noise)[1]['overflow'] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+def compiled_steps(m, steps, backend='eager'):
+    """Trains compiled and not, from the same weights -> number of graphs after each step; losses and gradients must agree."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, graphs = copy.deepcopy(m), []
+    m.compile(fullgraph=True, backend=backend)  # fullgraph: a graph break is an error
+    for step in range(steps):
+        x, noise = data(step)
+        results = []
+        for method in (m, plain):
+            if hasattr(method, 'begin_step'):
+                method.begin_step(step, lambda n: torch.randint(V, (n, L), generator=torch.Generator().manual_seed(0)), noise)
+            loss, _ = method(x, noise)
+            method.zero_grad()
+            loss.backward()
+            results.append((loss, [p.grad for p in method.parameters() if p.grad is not None]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        graphs.append(counters['stats']['unique_graphs'])
+    return graphs
+
+
+@pytest.mark.parametrize('config', [dict(), dict(schedule='polynomial'), dict(method='ar'), dict(method='ladd', num_latents=2, latent_dim=4, p_drop=0.1),
+                                    dict(method='ladd', num_latents=2, latent_dim=4, latent='discrete', latent_schedule='linear', codebook_size=5)], ids=str)
+def test_one_graph_for_all_steps(config):
+    backend = 'eager' if config else 'aot_eager'  # the latter traces the backward pass as well, and takes its time
+    assert compiled_steps(make(**config), 4, backend) == [1, 1, 1, 1]
+
+
+def test_one_graph_when_the_logits_come_in_chunks(monkeypatch):
+    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: 5 if part else 20)
+    assert compiled_steps(make(), 3) == [1, 1, 1]
+
+
+def test_one_more_graph_for_another_stage():
+    m = make('ladd', num_latents=2, latent_dim=4, latent='discrete', latent_schedule='linear', codebook_size=5, stage1_iters=4, vq_start=2)
+    assert compiled_steps(m, 7) == [1, 1, 2, 2, 3, 3, 3]
+
+
+def test_the_reference_of_the_benchmark_is_the_same_function():
+    m, (x, noise) = make(), data()
+    loss, _ = m(x, noise)
+    m.token_loss = lambda *args: bench.full_token_loss(m, *args)
+    torch.testing.assert_close(m(x, noise)[0], loss)
