@@ -15,7 +15,7 @@ cond_dim = 32
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
 batch_size = 32
-max_iters = 4000
+max_iters = 10000
 learning_rate = 3e-3
 warmup_iters = 50
 decay_lr = 'linear'
