@@ -137,9 +137,10 @@ def masked_rows(mask, total, uniform=True):
     variance = b * L / 6 + L**2 * b / 12 * (1 - b / total)
     capacity = min(b * L, int(b * L / 2 + L * b / total / 2 + 6 * variance**0.5) + 1) if uniform else b * L
     flat = mask.flatten()
-    rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
     if mask.device.type == 'cpu' and not torch.compiler.is_compiling():
-        rows = rows[flat[rows]]  # there is nobody to synchronise with: drop the empty slots
+        # there is nobody to synchronise with: drop empty slots, but keep to a few sizes, since the CPU's kernels are cached by shape
+        capacity = min(capacity, int(flat.sum()) // 64 * 64 + 64)
+    rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
     return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)
 
 

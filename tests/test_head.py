@@ -128,8 +128,8 @@ def test_the_slots_hold_what_they_promise():
             rows, used, overflow = static(mask, total)
             sizes.add(len(rows))
             assert overflow == 0 and sorted(rows[used].tolist()) == mask.flatten().nonzero()[:, 0].tolist() and len(rows.unique()) == len(rows)
-            eager_rows, eager_used, _ = masked_rows(mask, total)  # a CPU drops the empty slots
-            assert torch.equal(eager_rows, rows[used]) and eager_used.all()
+            eager_rows, eager_used, _ = masked_rows(mask, total)  # a CPU drops most empty slots, in sizes of 64
+            assert torch.equal(eager_rows[eager_used], rows[used]) and len(eager_rows) == min(len(rows), int(mask.sum()) // 64 * 64 + 64)
         assert len(sizes) == 1 and sizes.pop() <= b * L
 
 
