@@ -260,7 +260,7 @@ def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
     tok = char_vocabulary(streams) if tokenizer == 'char' else load_tokenizer(tokenizer)
     if wrap and tok.eos_id is None:
         raise UserError('--wrap puts BOS and EOS around every chunk, and this tokenizer has none')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it cleans up, as Ctrl-C does
+    old_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it cleans up, as Ctrl-C does
     try:
         os.makedirs(folder, exist_ok=True)
         counts = {}  # documents, tokens
@@ -300,6 +300,8 @@ def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
         if fresh and os.path.isdir(folder) and not os.listdir(folder):
             os.rmdir(folder)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, old_handler)
     for split in bins:
         print(f'{bins[split]}: {counts[split][1]:,} tokens of {tok.vocab_size:,} kinds, {counts[split][0]:,} documents')
 
