@@ -6,7 +6,7 @@ A text is L = 128 coin flips whose bias is a triangle wave, k = 2 periods long, 
 Given w the tokens are independent; without it each is a fair coin. So all there is to learn is the shift, and a good latent is w.
 A mixture over one number can be integrated: the exact p(x_l | visible tokens) is here as a denoiser that fits the samplers.
 
-    python sawtooth.py out/sawtooth_*      the paper's Table 1 and Figure 2 from those checkpoints
+    python sawtooth.py out/sawtooth_*      the paper's Table 1 and Figure 2 from those checkpoints; a .jsonl among them adds results of old
 """
 import functools
 import json
@@ -238,7 +238,7 @@ def pictures(panels, path):
     for ax in axes.flat:
         ax.axis('off')
     for ax, (title, x) in zip(axes.flat, panels.items()):
-        ax.imshow(x[exact.log_likelihood(x).argmax(dim=1).argsort()], cmap='Blues', aspect='auto', interpolation='nearest')
+        ax.imshow(x[exact.log_likelihood(x).argmax(dim=1).argsort()].numpy(), cmap='Blues', aspect='auto', interpolation='nearest')
         ax.set_title(title, fontsize=8)
     plt.tight_layout()
     plt.savefig(path, dpi=150)
@@ -267,6 +267,11 @@ def main(argv):
         raise UserError(f'--steps wants numbers such as 1,2,4, not {c["steps"]!r}')
     records, panels = [], {}
     for out_dir in out_dirs:
+        if out_dir.endswith('.jsonl'):  # results of runs whose checkpoints are gone
+            if not os.path.exists(out_dir):
+                raise UserError(f'there is no file {out_dir}')
+            records += [r for r in map(json.loads, open(out_dir)) if r['n'] == n]
+            continue
         method, checkpoint = load_method(out_dir, c['device'])
         if checkpoint['config']['dataset'] != 'sawtooth':
             raise UserError(f'{out_dir} was trained on {checkpoint["config"]["dataset"]}, not on sawtooth')

@@ -4,11 +4,15 @@ Statistical bounds are 4.5 standard errors; of SWD, 4 of the standard deviations
 (200 independent draws of N = 20,480 with 1000 directions). Seeds are fixed.
 """
 import functools
+import os
 
 import numpy as np
 import pytest
 import torch
 
+import sawtooth
+import train
+from configurator import UserError
 from ladd import code_step, joint
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
 from sawtooth import Exact, Sawtooth, bias, swd
@@ -200,3 +204,26 @@ def test_first_hitting_equals_ancestral_in_law():
         assert abs(swd(x, draws=1) - 0.0173) < 4 * 0.0011
         nll = exact.nll(x).double() / 128
         assert abs(float(nll.mean()) - 0.5303) < 4.5 * float(nll.std()) / n**0.5 + remaining
+
+
+# --- the command line -------------------------------------------------------------------------------------------------------------
+
+def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
+    """Two runs -> both tables, both pictures, results kept and not measured again; a .jsonl stands for a run that is gone."""
+    monkeypatch.chdir(tmp_path)
+    tiny = ['--dataset=sawtooth', '--hidden=8', '--num_layers=1', '--num_heads=1', '--cond_dim=4', '--max_iters=3', '--batch_size=4', '--eval_seqs=4']
+    train.main(['--method=mdlm', '--out_dir=out/m', *tiny])
+    train.main(['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--codebook_size=7', '--encoder_layers=1',
+                '--stage1_iters=2', '--vq_start=1', '--out_dir=out/d', *tiny])
+    assert capsys.readouterr().out.count('token loss, nats per token') == 2  # train.py reports, too
+    for _ in range(2):
+        sawtooth.main(['out/m', 'out/d', '--num_samples=256', '--steps=1,2', '--save=out/fig'])
+        out = capsys.readouterr().out
+        assert all(text in out for text in ('Di-LADD, clean latent', 'Di-LADD joint', 'exact joint ahead', 'data against data'))
+    assert len(open('out/m/sawtooth.jsonl').readlines()) == 3 and len(open('out/d/sawtooth.jsonl').readlines()) == 6
+    assert os.path.exists('out/fig.png') and os.path.exists('out/fig_samples.png')
+    sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
+    assert 'Di-LADD seq' in capsys.readouterr().out
+    for bad in ([], ['out/none'], ['out/m', '--steps=one'], ['gone.jsonl']):
+        with pytest.raises(UserError):
+            sawtooth.main(bad)
