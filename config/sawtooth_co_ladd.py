@@ -1,6 +1,6 @@
 """
 Co-LADD on sawtooth, the main job: one continuous latent per text, joint and sequential sampling from one checkpoint.
-Tuned for two CPU cores (some five minutes).
+Tuned for two CPU cores (eight minutes).
 
 Departs from the official settings (sawtooth_co_ladd_paper.py), besides what sawtooth_di_ladd.py says of width, rate and stage 1:
 - one model for both strategies: independent times instead of t_z = t_x, so that the token denoiser meets clean latents too, and a
