@@ -219,6 +219,7 @@ def figure(records, path):
         plt.plot(list(curve), list(curve.values()), color=colors[name], label=name, **style)
     plt.axhline(mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
+    plt.gca().xaxis.set_major_formatter('{x:.0f}')
     plt.yscale('log')
     plt.xlabel('token steps')
     plt.ylabel('sliced Wasserstein distance')
@@ -296,7 +297,7 @@ def main(argv):
                     if not any(r.get('steps') == T and r['strategy'] == strategy for r in known):
                         keep(dict(strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))))
                 for T in (1, 2):
-                    panels[f'{common["name"]} {strategy}, {T} step{"s" * (T > 1)}'] = draw(method, 128, T, strategy)
+                    panels[f'{common["name"]}{f" {strategy}" * (len(method.strategies) > 1)}, {T} step{"s" * (T > 1)}'] = draw(method, 128, T, strategy)
         records += known
     records += exact_records(n, sorted({r['steps'] for r in records if 'steps' in r}))
     print_tables(records)

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import hub
+import train
+from checkpoint import load_method
 from configurator import UserError
+from data import common
 from hub import load_hub
 
 V, D, LAYERS, HEADS, COND, L = 11, 24, 3, 3, 10, 9  # V counts [mask]
@@ -136,3 +139,23 @@ def test_offline_is_one_line(monkeypatch, tmp_path):
         with pytest.raises(UserError, match='cannot fetch .* needs a network, or a folder with config.json and model.safetensors') as e:
             load_hub(name, 'cpu')
         assert '\n' not in str(e.value)
+
+
+def test_training_goes_on_from_published_weights(tmp_path, monkeypatch, capsys):
+    """Their weights and shape at step 0 (a rate of 0 shows them), our checkpoint afterwards; another vocabulary is refused."""
+    monkeypatch.setattr(common, 'DATA', str(tmp_path))
+    for name, text in ('ten', 'abcdefghij'), ('two', 'ab'):
+        common.write(name, {'train': lambda: iter([(text * 40, True)])}, 'char', tail=0.5)
+    folder = write(tmp_path)
+
+    def go(dataset, iters):
+        train.main([f'--init_from={folder}', f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--device=cpu', '--batch_size=2', '--eval_seqs=2',
+                    f'--max_iters={iters}', '--learning_rate=0'])
+    with pytest.raises(UserError, match='has 10 tokens and two has 2'):
+        go('two', 1)
+    go('ten', 1)
+    ours, checkpoint = load_method(f'{tmp_path}/out', 'cpu')
+    assert all(torch.equal(w, ours.state_dict()[name]) for name, w in load_hub(folder, 'cpu')[0].state_dict().items())
+    assert checkpoint['config']['hidden'] == D and checkpoint['config']['block_size'] == L
+    go('ten', 2)
+    assert 'is at step 1 of 2' in capsys.readouterr().out
