@@ -1,5 +1,5 @@
 """
-Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (eight minutes).
+Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (not yet timed alone).
 
 Departs from the official settings (sawtooth_di_ladd_paper.py):
 - few wide layers, small batches, a rate ten times higher that falls to zero, as in sawtooth_mdlm.py
