@@ -35,7 +35,7 @@ class AR(nn.Module):
         c = self.config = config
         self.mask_id = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size + 1, c.hidden)
-        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.block_size, dropout=c.dropout, causal=True)
+        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, 1 + c.block_size, dropout=c.dropout, causal=True)
         self.head = nn.Linear(c.hidden, c.vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
@@ -66,6 +66,18 @@ class AR(nn.Module):
     def nll(self, x, noise=None):
         """Exactly -log p(x): x (b, L) -> nats per sequence (b,)."""
         return self.token_nll(x).sum(dim=1)
+
+    @torch.no_grad()
+    def states(self, x, blank=None, layer=-1):
+        """As an encoder: x (b, l <= L) -> hidden states (b, l, d), each with its own token read.
+
+        blank: bool (b, l), tokens whose embedding is zeroed;  layer: -1 the output, -2 before the last block, and so on down to the embedding.
+        """
+        e = self.embed(torch.cat((x.new_full((len(x), 1), self.mask_id), x), dim=1))
+        if blank is not None:
+            e[:, 1:] = e[:, 1:].masked_fill(blank[..., None], 0)
+        blocks = range(self.config.num_layers + 1)[layer]
+        return self.dit(e, depth=blocks if blocks < self.config.num_layers else None)[:, 1:]
 
     @torch.no_grad()
     def sample(self, n, steps=None, temperature=1.0, top_p=1.0, x=None, generator=None, callback=None):

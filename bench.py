@@ -26,7 +26,7 @@ import ar
 import mdlm
 from checkpoint import build, method_fields, pick_device
 from configurator import UserError, configure, run
-from data.common import open_data
+from data.tokens import open_data
 from noise import Noise
 from train import check, defaults
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from checkpoint import load_method, pick_device
 from configurator import UserError, configure, nearest, run
-from data.common import cache_only_if_offline, first_line, load_tokenizer, open_data
+from data.tokens import cache_only_if_offline, first_line, load_tokenizer, open_data
 from noise import Noise
 from sample import generate, load, open_tokenizer, sampling_options, shared
 

@@ -13,7 +13,7 @@ import torch
 
 from checkpoint import build
 from configurator import UserError
-from data.common import cache_only_if_offline, first_line
+from data.tokens import cache_only_if_offline, first_line
 
 FILES = 'model.safetensors', 'pytorch_model.bin'
 

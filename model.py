@@ -111,10 +111,11 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, *xs, t=None, caches=None):
+    def forward(self, *xs, t=None, caches=None, depth=None):
         """xs: per modality (B, S_i, d);  t: per modality times (B,), or None for a constant 0 -> hidden states, one (B, S_i, d) per modality.
 
         caches: one [k, v] list per block, each (B, H, positions so far, d / H), grown in place (causal sampling).
+        depth: stop after that many blocks, without the last norm (of one modality).
         """
         B, S = xs[0].shape[0], sum(x.shape[1] for x in xs)
         ts = t or [None] * len(xs)
@@ -122,8 +123,10 @@ class DiT(nn.Module):
         cs = [embed(xs[0].new_zeros(1) if t is None else t) for embed, t in zip(self.time, ts)]
         start = caches[0][0].shape[2] if caches else 0
         cos, sin = self.cos[start:start + S], self.sin[start:start + S]
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[:depth]):
             xs = block(xs, cs, cos, sin, caches[i] if caches else None)
+        if depth is not None:
+            return xs[0]
         hs = [modulate(self.norm(x), *ada(c).chunk(2, dim=-1)) for x, ada, c in zip(xs, self.ada, cs)]
         return hs[0] if len(hs) == 1 else hs
 

@@ -25,7 +25,7 @@ import torch
 
 from checkpoint import load_method, pick_device
 from configurator import UserError, configure, run
-from data.common import DATA, Char, load_tokenizer, read_meta
+from data.tokens import DATA, Char, load_tokenizer, read_meta
 
 shared = dict(  # with eval.py
     out_dir='',                # a run of train.py ...

@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from checkpoint import build, load, method_fields, pick_device, save
 from configurator import UserError, configure, run
-from data.common import open_data
+from data.tokens import open_data
 from model import DiT
 from noise import Noise
 
 defaults = dict(
     out_dir='out/run',         # a config file NAME.py makes it out/NAME
     init_from='auto',          # auto: continue what out_dir holds, start if it holds nothing | scratch: start over | resume: continue or fail
+                               # | out/OTHER: as auto, but start from the averaged weights of that run, where names and shapes agree
                                # | HUB_ID or folder: as auto, but start from published MDLM weights, see hub.py
     method='mdlm',             # mdlm | ladd | ar | ldlm; its own keys (hidden, num_layers ...) are in the Config of its file
     dataset='sawtooth',        # sawtooth, or a folder of data/ that prepare.py has filled
@@ -68,7 +69,7 @@ def check(c, world):
     """UserError for values of the right type that make no sense together."""
     share = c.batch_size // world
     rules = [
-        (c.init_from in ('auto', 'scratch', 'resume') or '/' in c.init_from, f'init_from is auto, scratch, resume, OWNER/NAME of the hub or a folder, not {c.init_from!r}'),
+        (c.init_from in ('auto', 'scratch', 'resume') or '/' in c.init_from, f'init_from is auto, scratch, resume, out/OTHER, OWNER/NAME of the hub or a folder, not {c.init_from!r}'),
         (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}'),
         (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
         *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
@@ -205,6 +206,20 @@ def check_fits(checkpoint, config, method, out_dir):
         raise UserError(f'{out_dir} holds a run with {was}, not {now}; go on with that, or start over with --init_from=scratch, or give another --out_dir')
 
 
+def begin_with(method, config, out_dir):
+    """Copies what fits from the run in out_dir: its averaged weights and its buffers. UserError if the texts differ or nothing fits."""
+    checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
+    if any(checkpoint['config'].get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
+        raise UserError(f'{out_dir} was trained with another tokenizer than that of {config["dataset"]}')
+    theirs, own = {**checkpoint['model'], **checkpoint['ema']}, method.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
+    if not fits:
+        raise UserError(f'{out_dir} has no weight in common with this method')
+    method.load_state_dict(fits, strict=False)
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'{len(fits)} of {len(own)} tensors begin as {out_dir} left them' + ''.join(f'; new: {k}' for k in list(own) if k not in fits)[:200])
+
+
 def main(argv):
     # ------------------------------------------------------------------------
     # everything that can be wrong, before anything is written
@@ -213,7 +228,8 @@ def main(argv):
     c = SimpleNamespace(**config)
     check(c, world)
     device = pick_device(c.device)
-    published = '/' in c.init_from  # weights of others, and so their shape
+    ours = os.path.exists(os.path.join(c.init_from, 'ckpt.pt'))
+    published = '/' in c.init_from and not ours  # weights of others, and so their shape
     if published:
         from hub import load_hub
         method, theirs = load_hub(c.init_from, 'cpu')
@@ -236,6 +252,8 @@ def main(argv):
         method.load_state_dict(weights)
     else:
         method = build(config)
+        if ours:
+            begin_with(method, config, c.init_from)
     path = os.path.join(c.out_dir, 'ckpt.pt')
     checkpoint = None
     if c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path):

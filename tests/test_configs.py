@@ -10,7 +10,7 @@ import torch
 import train
 from checkpoint import build, method_fields
 from configurator import configure
-from data import common
+from data import common, tokens
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'config', '*.py')))
@@ -75,7 +75,8 @@ def test_ar_and_mdlm_are_comparable(data):
 
 @pytest.mark.parametrize('name', ['shakespeare_char_mdlm', 'shakespeare_char_ar', 'text_mdlm', 'text_ar', 'lm1b_mdlm', 'lm1b_ar', 'owt_mdlm'])
 def test_it_trains(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, 'DATA', str(tmp_path))
+    for module in (common, tokens):
+        monkeypatch.setattr(module, 'DATA', str(tmp_path))
     common.write('tiny', {'train': lambda: iter([('to be or not to be ' * 40, True)])}, 'char', tail=0.5)
     train.main([os.path.join(ROOT, 'config', name + '.py'), '--dataset=tiny', f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False', '--block_size=16',
                 '--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--batch_size=4', '--max_iters=2', '--log_interval=1', '--eval_seqs=4'])

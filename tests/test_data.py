@@ -8,6 +8,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data.common as common
+import data.tokens as tokens_file
 import data.lm1b.prepare, data.openwebtext.prepare, data.shakespeare_char.prepare, data.text.prepare, data.zeroshot.prepare
 from configurator import UserError
 
@@ -17,11 +18,17 @@ ODD = 'naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u2
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
     """Write to a folder of our own, and put back the handler of SIGTERM that write() sets."""
-    monkeypatch.setattr(common, 'DATA', str(tmp_path / 'data'))
+    for module in (common, tokens_file):
+        monkeypatch.setattr(module, 'DATA', str(tmp_path / 'data'))
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
+
+
+def answer(monkeypatch, instead):
+    for module in (common, tokens_file):
+        monkeypatch.setattr(module, 'cache_only_if_offline', instead)
 
 
 def tiny_bpe():
@@ -96,7 +103,7 @@ def test_round_trip(kind, tmp_path, monkeypatch):
             'hf': lambda: hf_folder(tmp_path), 'qwen': lambda: qwen_folder(tmp_path)}[kind]()
     assert cli(data.text.prepare, monkeypatch, '--input', source, f'--tokenizer={name}', '--name=t', '--workers=1', '--val_fraction=.4') == 0
     meta = json.load(open(tmp_path / 'data/t/meta.json'))
-    tok = common.load_tokenizer(meta)
+    tok = tokens_file.load_tokenizer(meta)
     assert (meta['train']['documents'], meta['val']['documents']) == (3, 2)
     ids = everything('t', 'train') + everything('t', 'val')
     assert ids.count(tok.eos_id) == 5  # "<|endoftext|>" in the text is not EOS
@@ -109,24 +116,24 @@ def test_round_trip(kind, tmp_path, monkeypatch):
     same = (lambda s: unicodedata.normalize('NFC', s)) if kind == 'qwen' else str
     assert texts == [same(d) for d in documents]
     assert max(ids) < tok.vocab_size == meta['vocab_size']
-    assert tok.decode(tok.encode('the cat')) == 'the cat' and tok.spec == meta['tokenizer'] == common.load_tokenizer(str(tmp_path / 'data/t')).spec
+    assert tok.decode(tok.encode('the cat')) == 'the cat' and tok.spec == meta['tokenizer'] == tokens_file.load_tokenizer(str(tmp_path / 'data/t')).spec
 
 
 def test_bert_has_sep_and_cls(tmp_path):
     path = word_level(tmp_path / 'bert', ['[UNK]', 'a', 'b', '[SEP]', '[CLS]'], unk_token='[UNK]', sep_token='[SEP]', cls_token='[CLS]')
-    tok = common.load_tokenizer(path)
+    tok = tokens_file.load_tokenizer(path)
     assert (tok.eos_id, tok.bos_id, tok.vocab_size) == (3, 4, 5) and tok.encode('a b zebra') == [1, 2, 0]
 
 
 def test_char_without_documents_to_join_is_nanogpt(tmp_path, monkeypatch):
     text = 'First Citizen:\nBefore we proceed\n\n\nany further, hear me speak.' * 9
     assert cli(data.shakespeare_char.prepare, monkeypatch, '--input', save(tmp_path / 'in.txt', text)) == 0
-    tokens = common.Tokens('shakespeare_char', 'train', 8)
+    tokens = tokens_file.Tokens('shakespeare_char', 'train', 8)
     assert tokens.vocab_size == len(set(text)) and tokens.meta['eos_id'] is None and len(tokens.ids) == int(len(text) * .9)
-    decode = common.load_tokenizer(tokens.tokenizer).decode
+    decode = tokens_file.load_tokenizer(tokens.tokenizer).decode
     assert decode(everything('shakespeare_char', 'train')) + decode(everything('shakespeare_char', 'val')) == text
     with pytest.raises(UserError, match='é'):
-        common.load_tokenizer(tokens.tokenizer).encode('é')
+        tokens_file.load_tokenizer(tokens.tokenizer).encode('é')
 
 
 @pytest.mark.parametrize('split, separator', [(r'\n\n\n', '\n\n\n'), ('line', '\n'), ('file', None), ('<d>', '<d>')])
@@ -156,7 +163,7 @@ def test_above_65535_ids(tmp_path, monkeypatch):
     path = word_level(tmp_path / 'big', [f'w{i}' for i in range(70_000)], eos_token='w0')
     source = save(tmp_path / 'in.txt', 'w69999 w65536\nw1 w65535\nw7')
     assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=line', '--tokenizer', path, '--name=big', '--workers=1') == 0
-    tokens = common.Tokens('big', 'train', 3)
+    tokens = tokens_file.Tokens('big', 'train', 3)
     assert tokens.ids.dtype == np.uint32 and tokens.vocab_size == 70_000 and tokens.rows([1, 0]).tolist() == [[1, 65535, 0], [69999, 65536, 0]]
 
 
@@ -174,14 +181,14 @@ def test_workers_do_not_change_the_files(tmp_path, monkeypatch):
 def prepared(name='t', n=1000, **kwargs):
     """Documents of 9 digits: with the character tokenizer, ids 0 .. 9 and EOS = 10."""
     common.write(name, {'train': lambda: ((f'{i:09d}', True) for i in range(n))}, 'char', tail=0.1, **kwargs)
-    return common.Tokens(name, 'train', 16)
+    return tokens_file.Tokens(name, 'train', 16)
 
 
 def test_batch_is_a_function_of_seed_step_and_row():
     tokens = prepared()
     x = tokens.batch(1, 5, torch.arange(8))
     assert x.shape == (8, 16) and x.dtype == torch.int64
-    assert torch.equal(x[1::2], tokens.batch(1, 5, torch.arange(1, 8, 2))) and torch.equal(x[3:4], common.Tokens('t', 'train', 16).batch(1, 5, [3]))
+    assert torch.equal(x[1::2], tokens.batch(1, 5, torch.arange(1, 8, 2))) and torch.equal(x[3:4], tokens_file.Tokens('t', 'train', 16).batch(1, 5, [3]))
     assert not torch.equal(x, tokens.batch(1, 6, torch.arange(8))) and not torch.equal(x, tokens.batch(2, 5, torch.arange(8)))
     stream = ''.join(map(chr, tokens.ids))
     assert all(''.join(map(chr, row)) in stream for row in x.tolist())
@@ -223,7 +230,7 @@ def test_wrap_is_the_protocol_of_mdlm():
 
 def test_split_rules():
     common.write('k', {'train': lambda: ((str(i), True) for i in range(10))}, 'char', tail=3, rule='last 3 documents')
-    meta = common.read_meta(os.path.join(common.DATA, 'k'))
+    meta = tokens_file.read_meta(os.path.join(common.DATA, 'k'))
     assert (meta['train']['documents'], meta['val']['documents'], meta['split_rule']) == (7, 3, 'last 3 documents')
     assert everything('k', 'val') == [7, 10, 8, 10, 9, 10]
     with pytest.raises(UserError, match='--val_documents'):
@@ -265,14 +272,14 @@ def test_interrupted_write(tmp_path, monkeypatch):
             prepared(n=500)
         assert os.waitpid(child, 0)[1] == 9 << 8
         with pytest.raises(UserError, match='no prepared data'):
-            common.Tokens('t', 'train', 16)
+            tokens_file.Tokens('t', 'train', 16)
         prepared()
         assert snapshot(folder) == whole
 
 
 def test_sigterm_and_sigkill(tmp_path, monkeypatch):
     """From outside: the script is stopped in the middle; the next run gives what an undisturbed one does, and no worker outlives it."""
-    for part in ('configurator.py', 'noise.py', 'data/common.py', 'data/text/prepare.py'):
+    for part in ('configurator.py', 'noise.py', 'data/common.py', 'data/tokens.py', 'data/text/prepare.py'):
         os.makedirs(os.path.dirname(tmp_path / part), exist_ok=True)
         shutil.copy(os.path.join(ROOT, part), tmp_path / part)
     source = save(tmp_path / 'in.txt', 'the cat sat on the mat\n' * 200_000)
@@ -330,7 +337,7 @@ def test_mistakes_are_one_line(module, argv, says, tmp_path, monkeypatch, capsys
         pytest.importorskip('pyarrow')
     if '--tokenizer' not in ' '.join(argv) and module is not data.zeroshot.prepare:
         argv = ['--tokenizer=char', *argv]
-    monkeypatch.setattr(common, 'cache_only_if_offline', lambda: monkeypatch.setenv('HF_HUB_OFFLINE', '1'))
+    answer(monkeypatch, lambda: monkeypatch.setenv('HF_HUB_OFFLINE', '1'))
     assert cli(module, monkeypatch, *argv) == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and says in err
@@ -339,7 +346,7 @@ def test_mistakes_are_one_line(module, argv, says, tmp_path, monkeypatch, capsys
 
 def test_without_datasets(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'datasets', None)
-    monkeypatch.setattr(common, 'cache_only_if_offline', lambda: None)
+    answer(monkeypatch, lambda: None)
     for module in (data.openwebtext.prepare, data.lm1b.prepare):
         assert cli(module, monkeypatch, '--tokenizer=char') == 2
         err = capsys.readouterr().err
@@ -353,10 +360,10 @@ def test_shrunk_or_grown_file(tmp_path):
     for content, word in ((whole[:-2], 'shrank'), (b'', 'shrank'), (whole + b'xx', 'grew')):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f'data file {word}.*prepare.py.*again'):
-            common.Tokens('t', 'train', 16)
+            tokens_file.Tokens('t', 'train', 16)
     path.unlink()
     with pytest.raises(UserError, match='shrank'):
-        common.Tokens('t', 'train', 16)
+        tokens_file.Tokens('t', 'train', 16)
 
 
 def test_tokens_refuses(tmp_path):
@@ -364,9 +371,9 @@ def test_tokens_refuses(tmp_path):
     for name, split, block_size, says in (('nowhere', 'train', 16, '--name=nowhere'), ('t', 'test', 16, 'no test split'),
                                           ('t', 'train', 9001, 'block_size 9001'), ('t', 'train', 0, 'block_size 0')):
         with pytest.raises(UserError, match=says) as e:
-            common.Tokens(name, split, block_size)
+            tokens_file.Tokens(name, split, block_size)
         assert '\n' not in str(e.value)
-    tokens = common.open_data(str(tmp_path / 'data/t'), 'train', 9000)  # a path works, too
+    tokens = tokens_file.open_data(str(tmp_path / 'data/t'), 'train', 9000)  # a path works, too
     assert len(tokens) == 1 and tokens.block_size == 9000
 
 
@@ -382,7 +389,7 @@ def test_damaged_meta(tmp_path):
     for content in bad:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r'(damaged|shrank|no train split)') as e:
-            common.Tokens('t', 'train', 16)
+            tokens_file.Tokens('t', 'train', 16)
         assert '\n' not in str(e.value), content[:80]
 
 
@@ -393,18 +400,18 @@ def test_lm1b_and_zeroshot(tmp_path, monkeypatch):
     save(tmp_path / 'train.txt', 'The U.S. , he said : " yes " .\nIt \'s $ 5 ( five ) ?\n')
     save(tmp_path / 'val.txt', 'No , he did n\'t .\n')
     assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1', '--input', 'train.txt', '--val', 'val.txt') == 0
-    decode = common.load_tokenizer(str(tmp_path / 'data/lm1b')).decode
+    decode = tokens_file.load_tokenizer(str(tmp_path / 'data/lm1b')).decode
     assert decode(everything('lm1b', 'train')) == 'The U.S., he said: "yes" .<|endoftext|>It\'s $5 (five)?<|endoftext|>'
     save(tmp_path / 'ptb.txt', ' the $ N N <unk> did n\'t s \' fall \n\n it \'s\n'.replace('s \' fall', 'fall'))
     save(tmp_path / 'ptb_vocabulary.txt', 'the $ 1 ?\'didn fall it s\n')
     assert cli(data.text.prepare, monkeypatch, '--tokenizer=char', '--workers=1', '--input', 'ptb_vocabulary.txt', 'ptb.txt', '--name=v') == 0
     argv = '--workers=1', '--set=ptb', '--input', 'ptb.txt'
     assert cli(data.zeroshot.prepare, monkeypatch, f'--tokenizer={tmp_path}/data/v', *argv) == 0
-    tokens = common.Tokens('zeroshot/ptb', 'val', 4)
-    assert common.load_tokenizer(tokens.meta).decode(tokens.ids) == "the $1 1 ? didn't fall<|endoftext|>it's<|endoftext|>"
+    tokens = tokens_file.Tokens('zeroshot/ptb', 'val', 4)
+    assert tokens_file.load_tokenizer(tokens.meta).decode(tokens.ids) == "the $1 1 ? didn't fall<|endoftext|>it's<|endoftext|>"
     assert not (tmp_path / 'data/zeroshot/ptb/train.bin').exists()
     with pytest.raises(UserError, match='no train split'):
-        common.Tokens('zeroshot/ptb', 'train', 4)
+        tokens_file.Tokens('zeroshot/ptb', 'train', 4)
     assert cli(data.zeroshot.prepare, monkeypatch, '--tokenizer=char', *argv) == 2
 
 
@@ -415,7 +422,7 @@ def test_parquet(tmp_path, monkeypatch, capsys):
         pyarrow.parquet.write_table(pyarrow.table({column: ['one', '', 'two\n\n\nand', 'three'], 'id': [1, 2, 3, 4]}), tmp_path / name)
     argv = '--tokenizer=char', '--workers=1', '--val_documents=1', '--input'
     assert cli(data.openwebtext.prepare, monkeypatch, *argv, 'x.parquet') == 0
-    tok = common.load_tokenizer(str(tmp_path / 'data/openwebtext'))
+    tok = tokens_file.load_tokenizer(str(tmp_path / 'data/openwebtext'))
     assert tok.decode(everything('openwebtext', 'train')) == 'one<|endoftext|>two\n\n\nand<|endoftext|>'
     assert tok.decode(everything('openwebtext', 'val')) == 'three<|endoftext|>'
     assert cli(data.openwebtext.prepare, monkeypatch, *argv, 'y.parquet') == 2 and 'y.parquet' in capsys.readouterr().err
@@ -425,10 +432,10 @@ def test_hub(tmp_path, monkeypatch, capsys):
     """With a stand-in for `load_dataset`: what we ask it for, what we make of its rows, and what we say when it fails."""
     datasets = pytest.importorskip('datasets')
     asked, rows = [], datasets.Dataset.from_dict({'sentence': ['a', '', 'b c'], 'text': ['d', 'e\n', 'f']})
-    monkeypatch.setattr(common, 'cache_only_if_offline', lambda: None)
+    answer(monkeypatch, lambda: None)
     monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: asked.append((*args, kwargs['split'])) or rows)
     assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1') == 0
-    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')} and common.Tokens('lm1b', 'val', 3).row(0).tolist() == [1, 4, 2]  # "d", EOS, "e"
+    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')} and tokens_file.Tokens('lm1b', 'val', 3).row(0).tolist() == [1, 4, 2]  # "d", EOS, "e"
     assert list(common.read_hub('x', split='test', column='sentence')) == [('a', True), ('b c', True)]
     assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2 and 'incomplete' in capsys.readouterr().err  # not 8,013,769 documents
     def offline(*args, **kwargs):

@@ -17,7 +17,7 @@ import plot
 import sample
 from configurator import UserError
 from data import common
-from data.common import Char
+from data.tokens import Char
 from sawtooth import Exact, Sawtooth
 from test_sample import CHARS, L, TINY, fails, make, there  # noqa: F401
 

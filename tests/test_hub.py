@@ -11,7 +11,7 @@ import hub
 import train
 from checkpoint import load_method
 from configurator import UserError
-from data import common
+from data import common, tokens
 from hub import load_hub
 
 V, D, LAYERS, HEADS, COND, L = 11, 24, 3, 3, 10, 9  # V counts [mask]
@@ -143,7 +143,8 @@ def test_offline_is_one_line(monkeypatch, tmp_path):
 
 def test_training_goes_on_from_published_weights(tmp_path, monkeypatch, capsys):
     """Their weights and shape at step 0 (a rate of 0 shows them), our checkpoint afterwards; another vocabulary is refused."""
-    monkeypatch.setattr(common, 'DATA', str(tmp_path))
+    for module in (common, tokens):
+        monkeypatch.setattr(module, 'DATA', str(tmp_path))
     for name, text in ('ten', 'abcdefghij'), ('two', 'ab'):
         common.write(name, {'train': lambda: iter([(text * 40, True)])}, 'char', tail=0.5)
     folder = write(tmp_path)

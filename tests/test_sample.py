@@ -11,7 +11,7 @@ import checkpoint
 import hub
 import sample
 from configurator import UserError, run
-from data.common import Char
+from data.tokens import Char
 from sample import generate, read_prompt
 
 L, CHARS = 12, '\n abcdefg'

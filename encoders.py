@@ -1,0 +1,103 @@
+"""
+Frozen pretrained encoders: where LADD's text latents and LDLM's token states come from.
+
+    encoder = open_encoder('Qwen/Qwen3-Embedding-0.6B', device)     a decoder- or encoder-type model of the Hugging Face hub, or its folder
+    encoder = open_encoder('out/shakespeare_char_ar', device)       or an AR checkpoint of ours
+    states, summary = encoder(x)                                    (b, L, width) hidden states, one per token; (b, width) of the whole text
+
+They are nobody's parameters: not trained, not in any checkpoint, read again by name when something is to be encoded.
+"""
+import functools
+import os
+
+import torch
+
+from checkpoint import load_method
+from configurator import UserError
+from data.tokens import cache_only_if_offline, first_line, load_tokenizer
+
+
+class HubEncoder:
+    """Any model of `transformers`, with the special tokens that its own tokenizer puts around a text.
+
+    The summary is the state of the last of them: EOS of a decoder (the embedding, for Qwen3-Embedding), [SEP] of a BERT (our choice).
+    """
+
+    def __init__(self, name, device):
+        cache_only_if_offline()
+        try:
+            import transformers
+            self.model = transformers.AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
+        except ImportError as e:
+            raise UserError(f'the encoder {name} needs `pip install transformers`; an AR checkpoint of ours does not: --encoder=out/NAME') from e
+        except Exception as e:  # the hub fails in as many ways as it has layers
+            raise UserError(f'cannot load the encoder {name} ({first_line(e)}); without a network: a folder of the hub\'s format, or an '
+                            f'AR checkpoint of ours, out/NAME') from e
+        self.tokenizer = load_tokenizer({'kind': 'huggingface', 'name': name})
+        around = self.tokenizer.tok('a')['input_ids']
+        a = self.tokenizer.encode('a')
+        at = next(i for i in range(len(around)) if around[i:i + len(a)] == a)
+        self.before, self.after = around[:at], around[at + len(a):] or [self.tokenizer.eos_id]
+        self.width, self.num_ids = self.model.config.hidden_size, self.model.get_input_embeddings().num_embeddings
+
+    def __call__(self, x, blank=None, layer=-1):
+        """x (b, L) ids; blank: bool (b, L), positions whose input embedding is zeroed; layer: an index into its hidden states, -1 the output."""
+        def special(ids):
+            return x.new_tensor(ids).expand(len(x), -1)
+        e = self.model.get_input_embeddings()(torch.cat((special(self.before), x, special(self.after)), dim=1))
+        first, last = len(self.before), len(self.before) + x.shape[1]
+        if blank is not None:
+            e[:, first:last] = e[:, first:last].masked_fill(blank[..., None], 0)
+        h = self.model(inputs_embeds=e, output_hidden_states=True).hidden_states[layer]
+        return h[:, first:last], h[:, -1]
+
+
+class OurEncoder:
+    """An AR checkpoint. The state of a token has read the text up to it and itself; the last one, which has read all, is the summary."""
+
+    def __init__(self, out_dir, device):
+        self.model, checkpoint = load_method(out_dir, device)
+        config = checkpoint['config']
+        if config['method'] != 'ar':
+            raise UserError(f'the encoder {out_dir} is {config["method"]}; it has to be ar, or a model of the Hugging Face hub')
+        self.model.requires_grad_(False)
+        self.tokenizer = load_tokenizer(config) if 'tokenizer' in config else None  # sawtooth has none
+        self.width, self.num_ids = config['hidden'], config['vocab_size']
+
+    def __call__(self, x, blank=None, layer=-1):
+        """As HubEncoder's."""
+        h = self.model.states(x, blank, layer)
+        return h, h[:, -1]
+
+
+@functools.lru_cache(maxsize=1)
+def open_encoder(name, device):
+    """name: hub id, folder or out/NAME -> an encoder on `device`. UserError if it is not to be had."""
+    ours = os.path.exists(os.path.join(name, 'ckpt.pt')) or name.startswith('out/')
+    return (OurEncoder if ours else HubEncoder)(name, device)
+
+
+def check_tokenizer(encoder, data):
+    """UserError unless the ids of `data` (a data source, see data/) mean to the encoder what they mean there."""
+    probe = 'The quick brown fox; naïve, 2,718 times! No?'
+    if encoder.tokenizer is None:
+        same = not hasattr(data, 'tokenizer') and data.vocab_size == encoder.num_ids
+    else:
+        ours = load_tokenizer(data.tokenizer) if hasattr(data, 'tokenizer') else None
+        same = ours is not None and data.vocab_size <= encoder.num_ids and (
+            ours.spec == encoder.tokenizer.spec or 'char' not in (ours.spec['kind'], encoder.tokenizer.spec['kind'])
+            and ours.encode(probe) == encoder.tokenizer.encode(probe))
+    if not same:
+        raise UserError('encoder and data have different tokenizers, so the encoder would read another text; prepare the data with '
+                        '--tokenizer=ENCODER, the same hub id or folder (of an AR checkpoint: the folder of its training data)')
+
+
+def pool(states, summary, M):
+    """(b, L, w), (b, w) -> (b, M, w). M = L: as they are. M < L: the means of M - 1 contiguous chunks of nearly equal size, and the summary.
+
+    LADD appendix D. (The released code for LM1B takes M chunks and no summary.)
+    """
+    if M == states.shape[1]:
+        return states
+    chunks = states.tensor_split(M - 1, dim=1) if M > 1 else ()
+    return torch.stack([chunk.mean(dim=1) for chunk in chunks] + [summary], dim=1)
