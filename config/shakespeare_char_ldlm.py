@@ -1,0 +1,56 @@
+"""
+LDLM on Tiny Shakespeare by characters. The token encoder is our own left-to-right model, the denoiser has the size of
+shakespeare_char_mdlm.py, batches and texts are the same.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/shakespeare_char_ar.py
+    python train.py config/shakespeare_char_ldlm.py
+    python sample.py --out_dir=out/shakespeare_char_ldlm --steps=128 [--sampler=ddim]
+
+The recipe, one part at a time (give each an --out_dir of its own):
+    reconstruction (table 1)      --reconstruction=ce                  or both; then the token loss shapes the latents, too
+    warmup (without adaptive t)   --adaptive_t=False --encoder_warmup=0
+    times                         --adaptive_t=False
+    decoder-input noise           --sigma_dec=0                        or 1, 5, ...
+Spaces compared (table 2), by the same denoiser and token decoder:
+    trained embeddings            --token_encoder=scratch --latent_encoder=none --reconstruction=ce --sigma_dec=.5
+    frozen embeddings             --layer=0 --latent_encoder=none --sigma_dec=.5
+    frozen states (TEncDM-like)   --latent_encoder=none --sigma_dec=.5
+    autoencoder first, frozen     --stage=autoencoder --mask_states=.3 --sigma_dec=1 --out_dir=out/autoencoder
+      then (COSMOS-like)          --stage=diffusion --init_from=out/autoencoder --sigma_dec=1
+Architecture (appendix B):
+    self-attention                --latent_encoder=attention
+    layer of the states           --layer=-1                           or -2, ..., down to 0, the embeddings
+    token decoder afterwards      --token_loss=False --out_dir=out/no_tokens,  then  --stage=decoder --init_from=out/no_tokens
+    a smaller one in its place    --stage=decoder --decode_from=latents --decoder_layers=2 --init_from=out/shakespeare_char_ldlm
+A latent of unit variance (latent_encoder=none) does not survive sigma_dec = 3: those lines have less [choice].
+"""
+dataset = 'shakespeare_char'
+method = 'ldlm'
+block_size = 128  # characters
+
+token_encoder = 'out/shakespeare_char_ar'
+layer = -3               # after two of its four blocks
+latent_dim = 192         # its width
+latent_layers = 2
+decoder_layers = 1
+
+hidden = 192
+num_layers = 4
+num_heads = 3
+cond_dim = 32
+
+encoder_warmup = 1000    # like the lengths below, scaled to a run of 7,000 small steps
+adaptive_bins = 20       # 16 texts a step tell little about 100 of them
+adaptive_memory = 0.998
+adaptive_every = 250
+
+batch_size = 16
+max_iters = 7000
+learning_rate = 1e-3
+warmup_iters = 100
+decay_lr = 'linear'
+beta2 = 0.98
+weight_decay = 0.01
+ema = 0.999
+eval_interval = 1000

@@ -1,0 +1,428 @@
+"""
+LDLM: latent diffusion trained jointly with its latent space (How to Train Your Latent Diffusion Language Model).
+
+    h = token encoder(x)      frozen and pretrained, each feature scaled to mean 0 and variance 1;  z = E(h), one latent per token
+    h_hat = D(z + sigma_dec eps),   logits = token decoder(stop_grad(h_hat));   at inference without the noise
+    z_t = alpha_t z + sigma_t eps,  z_hat = denoiser(z_t, t, earlier z_hat)
+    loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                                              LDLM eq. (1) - (4)
+
+Trained so and no more, the denoiser asks the encoder for tiny latents, and gets them. The recipe against it, each part a key of its own:
+    reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep: latents of like states may be alike
+    encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the denoiser learns from the start
+    adaptive_t             times are drawn so that the loss rises evenly over them
+    sigma_dec              noise in the decoder's input: the latents must be large, smooth and economical to be read through it
+Sampling runs the denoiser from noise to z_0 and decodes once. There is no likelihood, hence no method `nll`.
+The paper's text lost its formulas; where a value comes from is marked [paper], [second-hand], [family] (code by the same authors) or [choice].
+Read in this order: schedule, samplers, adaptive times, transformer, class LDLM.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+from encoders import check_tokenizer, open_encoder
+from mdlm import one_of, time_grid, wide
+from model import DiT, attend, head_cross_entropy, rope_table, rotate, rows_at_once
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the tangent schedule [family]: sigma_t / alpha_t = d tan(pi t / 2), variance preserving, from nothing to nothing but noise
+
+def alpha_sigma(t, d=3.0):
+    """Signal and noise levels of z_t; any tensor t in [0, 1] -> two of the same shape, alpha^2 + sigma^2 = 1."""
+    a, s = torch.cos(t * math.pi / 2), d * torch.sin(t * math.pi / 2)
+    return a / torch.hypot(a, s), s / torch.hypot(a, s)
+
+
+def beta(t, d=3.0):
+    """-2 d log alpha_t / dt, the rate of the SDE dz = -beta/2 z dt + sqrt(beta) dW; infinite at t = 1, so t stops at .95 [family]."""
+    tan = torch.tan(t.clamp(max=0.95) * math.pi / 2)
+    return math.pi * d**2 * tan * (1 + tan**2) / (1 + d**2 * tan**2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# samplers: pure functions over `denoise(z_t, t, z_self) -> z_0 hat`, all latents (n, L, D), t a scalar, one call per step
+# z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al., 2023). callback(i, z_0 hat) sees every step.
+
+T_END = 0.05  # where Euler-Maruyama stops [family]
+
+
+def euler_maruyama(denoise, z, steps, d=3.0, generator=None, callback=None):
+    """The reverse SDE on a uniform grid from t = 1 to .05 -> mean of the last step, last z_0 hat.
+
+    The mean is what the family decodes: a latent that still has the noise of t = .05. The paper says "a clean latent prediction".
+    With few steps beta dt is large, and on the way z has more variance than any z_t: below about 16 steps take ddim.
+    """
+    times, z_hat = 1 - (1 - T_END) * (1 - time_grid(steps, z.device)), torch.zeros_like(z)
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+        z_hat = denoise(z, t, z_hat)
+        (alpha, sigma), rate = alpha_sigma(t, d), beta(t, d) * (t - s)
+        score = (alpha * z_hat - z) / sigma**2
+        mean = z + rate * (z / 2 + score)
+        z = mean + rate.sqrt() * torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        if callback:
+            callback(i, z_hat)
+    return mean, z_hat
+
+
+def ddim(denoise, z, steps, d=3.0, callback=None):
+    """DDIM with eta = 0 on a uniform grid from t = 1 to 0 -> z_0: the step to 0 returns the last z_0 hat."""
+    times, z_hat = time_grid(steps, z.device), torch.zeros_like(z)
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+        z_hat = denoise(z, t, z_hat)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t, d), alpha_sigma(s, d)
+        z = alpha_s * z_hat + sigma_s * (z - alpha_t * z_hat) / sigma_t
+        if callback:
+            callback(i, z_hat)
+    return z
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# adaptive times: LDLM section 5.3. If the density of t is proportional to the slope of the loss, the loss is linear in the quantile of t
+
+class AdaptiveTimes(nn.Module):
+    """Times from bins of equal width, drawn with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
+
+    The loss at an edge is a running mean, kept as two sums that both forget at the same rate: so edges that are seldom visited need no
+    initial value. A text's loss is split linearly between the two edges around its t [choice]. All of it lives in buffers.
+    """
+
+    def __init__(self, bins, memory, floor):
+        super().__init__()
+        self.bins, self.memory, self.floor = bins, memory, floor
+        self.register_buffer('p', torch.full((bins,), 1 / bins))
+        self.register_buffer('edges', torch.zeros(2, bins + 1))  # sum of weights * losses, sum of weights
+
+    def draw(self, noise):
+        """t (b,): bin i with probability p_i, then uniform in it; one stratified u through the inverse distribution function does both."""
+        u, cdf = noise.times('t'), self.p.cumsum(dim=0)
+        i = torch.searchsorted(cdf, u).clamp(max=self.bins - 1)  # the sum may round to less than 1
+        return ((i + 1 + (u - cdf[i]) / self.p[i]) / self.bins).clamp(0, 1)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def track(self, t, losses):
+        """Adds t and losses (b,) of a micro-batch, of all processes: so their sums stay equal, and `forget` comes once per step."""
+        left = (t * self.bins).long().clamp(max=self.bins - 1)
+        share = t * self.bins - left
+        new = torch.zeros_like(self.edges)
+        for edge, weight in ((left, 1 - share), (left + 1, share)):
+            new.index_add_(1, edge, torch.stack((weight * losses, weight)))
+        if dist.is_initialized():
+            dist.all_reduce(new)
+        self.edges += new
+
+    def forget(self):
+        self.edges *= self.memory
+
+    def refresh(self):
+        """New probabilities, once every edge has been seen."""
+        loss, weight = self.edges
+        if (weight > 0).all():
+            rise = (loss / weight).diff()
+            # a bin without rise is still visited, or its loss would never be seen to rise again [choice; second-hand: 1e-6, which starves bins]
+            rise = rise.clamp(min=self.floor * rise.clamp(min=0).mean() + 1e-12)
+            self.p.copy_(rise / rise.sum())
+
+    def by_quarter(self):
+        """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""
+        loss, weight = (torch.stack([part.sum() for part in row.tensor_split(4)]) for row in self.edges)
+        return loss / weight.clamp(min=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the transformer of encoder and decoders
+
+class Block(nn.Module):
+    """Attention and MLP without time. With a context it is a Perceiver Resampler's block (Alayrac et al., 2022; details [family]):
+    queries from x, keys and values from x and from the context, each by projections of their own; queries and keys are normalised."""
+
+    def __init__(self, d, num_heads, context, swiglu):
+        super().__init__()
+        self.num_heads, self.swiglu = num_heads, swiglu
+        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.norm_q, self.norm_k = (nn.RMSNorm(d // num_heads, eps=1e-6) for _ in range(2))
+        if context:
+            self.norm_context, self.kv_context = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, 2 * d, bias=False)
+        # SwiGLU with 12 d^2 weights makes the paper's 66M of a token decoder [choice]; GELU would make 60M
+        self.up, self.down = nn.Linear(d, (8 if swiglu else 4) * d, bias=not swiglu), nn.Linear(4 * d, d, bias=not swiglu)
+
+    def forward(self, x, cos, sin, context=None):
+        """x, context (b, L, d) -> like x. RoPE [choice]: place l of x and place l of the context are the same place."""
+        def heads(y):
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (b, H, L, d / H)
+        q, k, v = (heads(y) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        q, k = (rotate(norm(y.float()), cos, sin) for norm, y in ((self.norm_q, q), (self.norm_k, k)))
+        if context is not None:
+            k_context, v_context = (heads(y) for y in self.kv_context(self.norm_context(context)).chunk(2, dim=-1))
+            k = torch.cat((k, rotate(self.norm_k(k_context.float()), cos, sin)), dim=2)
+            v = torch.cat((v, v_context), dim=2)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, causal=False)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        y = self.up(self.norm2(x))
+        if not self.swiglu:
+            return x + self.down(F.gelu(y))
+        gate, y = y.chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * y)
+
+
+class Transformer(nn.Module):
+    """(b, L, d) -> (b, L, d). perceiver: L learned vectors that read the input in every block; otherwise the input itself moves."""
+
+    def __init__(self, d, num_layers, num_heads, L, perceiver=False, swiglu=False):
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(L, d)) if perceiver else None
+        self.blocks = nn.ModuleList(Block(d, num_heads, perceiver, swiglu) for _ in range(num_layers))
+        cos, sin = rope_table(L, d // num_heads)
+        self.register_buffer('cos', cos, persistent=False)
+        self.register_buffer('sin', sin, persistent=False)
+
+    def forward(self, context):
+        x = context if self.queries is None else self.queries.expand_as(context)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin, None if self.queries is None else context)
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# the method
+
+@dataclass
+class Config:
+    vocab_size: int = 0  # from the data
+    block_size: int = 0  # L: tokens, and latents
+    # the denoiser, a DiT [paper]; cond_dim, one [checked] by the 132M parameters
+    hidden: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    cond_dim: int = 768
+    dropout: float = 0.0
+    self_conditioning: float = 0.5  # share of texts whose denoiser sees its own first estimate [paper]
+    tangent: float = 3.0  # d of the schedule [second-hand]
+    # the autoencoder; its heads are as wide as the denoiser's
+    token_encoder: str = 'gpt2'  # hub id, folder, out/NAME of ar.py | scratch: trained embeddings
+    layer: int = -3  # which of its hidden states: -1 the output, -3 the paper's third to last; 0: its embeddings, with its positions if it has any
+    latent_dim: int = 768  # D: width of h, which the token encoder decides, of z, and of encoder and decoders
+    latent_encoder: str = 'perceiver'  # perceiver | attention | none: z = h
+    latent_layers: int = 6  # of encoder and decoder each
+    decoder_layers: int = 3  # of the token decoder under its vocabulary head
+    decode_from: str = 'states'  # what the token decoder reads: states h_hat | latents, without the latent decoder (app. B.2)
+    # the recipe
+    reconstruction: str = 'mse'  # mse | ce | both; with ce the token loss reaches decoder and encoder
+    encoder_warmup: int = 10000  # steps in which gamma rises to 1 [paper, of its ablations]; 0: none
+    adaptive_t: bool = True
+    sigma_dec: float = 3.0  # [second-hand]
+    adaptive_bins: int = 100  # this and the next two [second-hand]
+    adaptive_memory: float = 0.999  # per step
+    adaptive_every: int = 5000  # steps between new probabilities
+    adaptive_floor: float = 0.1  # least rise of a bin, in mean rises [choice]
+    # what is trained: joint | autoencoder | diffusion (autoencoder frozen) | decoder (all but the token decoder frozen); --init_from=out/OTHER
+    # brings the frozen part
+    stage: str = 'joint'
+    token_loss: bool = True  # False: the token decoder is left for stage=decoder
+    mask_states: float = 0.0  # share of places whose h the encoder does not see in training (COSMOS, its smoothing) [choice]
+
+
+class LDLM(nn.Module):
+    strategies, samplers = ('joint',), ('euler_maruyama', 'euler_maruyama_mean', 'ddim')
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        one_of('latent_encoder', c.latent_encoder, ('perceiver', 'attention', 'none'))
+        one_of('decode_from', c.decode_from, ('states', 'latents'))
+        one_of('reconstruction', c.reconstruction, ('mse', 'ce', 'both'))
+        one_of('stage', c.stage, ('joint', 'autoencoder', 'diffusion', 'decoder'))
+        head_dim = c.hidden // c.num_heads
+        if c.latent_dim % head_dim:
+            raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of the denoiser (hidden / num_heads)')
+        if c.token_encoder == 'scratch' and c.reconstruction != 'ce':
+            raise ValueError('trained embeddings are no target for a squared error: token_encoder=scratch needs reconstruction=ce')
+        if c.reconstruction != 'mse' and (not c.token_loss or c.decode_from == 'latents'):
+            raise ValueError(f'reconstruction={c.reconstruction} is a token loss through the latent decoder: token_loss=True, decode_from=states')
+        if c.stage == 'autoencoder' and c.latent_encoder == 'none' and not c.token_loss:
+            raise ValueError('stage=autoencoder with latent_encoder=none and token_loss=False leaves nothing to train')
+        D, L, heads = c.latent_dim, c.block_size, c.latent_dim // head_dim
+        if c.token_encoder == 'scratch':
+            self.embed = nn.Embedding(c.vocab_size, D)
+        self.register_buffer('state_mean', torch.zeros(D))
+        self.register_buffer('state_std', torch.zeros(D))  # 0: not gathered yet
+
+        def autoencoder_half():
+            if c.latent_encoder == 'none':
+                return nn.Identity()
+            return nn.Sequential(Transformer(D, c.latent_layers, heads, L, perceiver=c.latent_encoder == 'perceiver'), nn.Linear(D, D))
+        self.encoder, self.decoder = autoencoder_half(), autoencoder_half()
+        self.token_decoder = nn.Identity()
+        if c.decoder_layers:
+            self.token_decoder = nn.Sequential(Transformer(D, c.decoder_layers, heads, L, swiglu=True), nn.RMSNorm(D, eps=1e-6))
+        self.head = nn.Linear(D, c.vocab_size)
+
+        self.z_in = nn.Linear(2 * D, c.hidden)  # of z_t and the earlier estimate, side by side
+        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, L, dropout=c.dropout)
+        self.z_out = nn.Linear(c.hidden, D)
+        self.times = AdaptiveTimes(c.adaptive_bins, c.adaptive_memory, c.adaptive_floor)
+        self.register_buffer('gamma', torch.ones(()), persistent=False)  # begin_step sets it; a tensor, or a compiled step would be compiled anew
+        for layer in (self.head, self.z_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    # --- text -> h -> z -> h_hat -> text ------------------------------------------------------------------------------------------
+
+    def check_data(self, data, device):
+        """UserError unless the token encoder can read this data source, and has the width that the config says."""
+        c = self.config
+        if c.token_encoder != 'scratch':
+            encoder = open_encoder(c.token_encoder, device)
+            check_tokenizer(encoder, data)
+            if encoder.width != c.latent_dim:
+                raise UserError(f'{c.token_encoder} has hidden states of width {encoder.width}: --latent_dim={encoder.width}, not {c.latent_dim}')
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def raw_states(self, x):
+        """What the frozen token encoder makes of x (b, L): (b, L, D) fp32. It is no part of this module: opened by name, in no checkpoint."""
+        return open_encoder(self.config.token_encoder, x.device)(x, layer=self.config.layer)[0].float()
+
+    def states(self, x):
+        """h (b, L, D) of x (b, L): each feature with mean 0 and variance 1 over the data [paper]. Trained embeddings as they are."""
+        if self.config.token_encoder == 'scratch':
+            return self.embed(x)
+        return (self.raw_states(x) - self.state_mean) / self.state_std
+
+    def encode(self, h):
+        """h -> z, both (b, L, D), fp32: latents are not normalised, so that their size is the encoder's to choose."""
+        return self.encoder(h).float()
+
+    @torch.no_grad()
+    def tokens(self, z):
+        """Clean latents (b, L, D) -> ids (b, L), the likeliest at each place."""
+        h = self.token_decoder(self.decoder(z) if self.config.decode_from == 'states' else z)
+        chunks = h.flatten(0, 1).split(rows_at_once(self.config.vocab_size, z.device))
+        return torch.cat([self.head(chunk).argmax(dim=-1) for chunk in chunks]).view(z.shape[:2])
+
+    def reconstruct(self, x):
+        """Text -> latents -> text without noise: (b, L) ids."""
+        return self.interpolate(x, x, [0.0])[0]
+
+    @torch.no_grad()
+    def interpolate(self, x_a, x_b, weights):
+        """Decodes (1 - w) z_a + w z_b for each w: texts (b, L), (b, L) -> ids (len(weights), b, L). LDLM figure 3 (left)."""
+        z_a, z_b = self.encode(self.states(x_a)), self.encode(self.states(x_b))
+        return torch.stack([self.tokens((1 - w) * z_a + w * z_b) for w in weights])
+
+    # --- training -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_step(self, step, draw_rows, noise):
+        """gamma and times for this step; before the first, statistics of the states of training texts draw_rows(n), unless they came along."""
+        c = self.config
+        self.gamma.fill_(warmup(step, c.encoder_warmup))
+        self.times.forget()
+        if c.adaptive_t and step and step % c.adaptive_every == 0:
+            self.times.refresh()
+        if step == 0 and c.token_encoder != 'scratch' and not self.state_std.any():
+            total = torch.zeros(3, c.latent_dim, dtype=wide(self.state_std.device), device=self.state_std.device)
+            for x in draw_rows(math.ceil(2**16 / c.block_size)).split(16):  # 65,536 tokens: the same ones on every process
+                h = self.raw_states(x).flatten(0, 1).to(total.dtype)
+                total += torch.stack((h.sum(dim=0), h.square().sum(dim=0), torch.full_like(h[0], len(h))))
+            mean, square = total[:2] / total[2]
+            self.state_mean.copy_(mean)
+            self.state_std.copy_((square - mean**2).clamp(min=1e-12).sqrt())
+
+    def forward(self, x, noise):
+        """Training loss of x (b, L) int64, LDLM eq. (4), and logs."""
+        c, logs = self.config, {'gamma': self.gamma}
+        trains_autoencoder = c.stage in ('joint', 'autoencoder')
+        with torch.set_grad_enabled(trains_autoencoder):
+            h = self.states(x)
+            seen = noise.uniform('mask_states', x.shape[1])[..., None] >= c.mask_states
+            z = self.encode(h * seen if trains_autoencoder and c.mask_states else h)
+        losses = []
+        if c.stage in ('joint', 'diffusion'):
+            logs['diff_loss'] = self.diffusion_loss(z, noise)
+            losses.append(logs['diff_loss'])
+            p = self.times.p
+            logs['time_bins'] = torch.exp(-torch.special.xlogy(p, p).sum())  # how many are in use: exp(entropy)
+            logs.update(zip(('diff_t0', 'diff_t25', 'diff_t50', 'diff_t75'), self.times.by_quarter()))  # from t = 0, .25, .5, .75 on
+        if c.stage != 'diffusion':
+            z_noisy = z + c.sigma_dec * noise.normal('decoder', *z.shape[1:])
+            if trains_autoencoder or c.decode_from == 'states':
+                with torch.set_grad_enabled(trains_autoencoder):
+                    h_hat = self.decoder(z_noisy).float()
+            if trains_autoencoder and c.reconstruction != 'ce' and c.latent_encoder != 'none':
+                logs['state_loss'] = F.mse_loss(h_hat, h)  # LDLM eq. (2)
+                losses.append(logs['state_loss'])
+            if c.token_loss or c.stage == 'decoder':
+                source = h_hat if c.decode_from == 'states' else z_noisy
+                if c.reconstruction == 'mse' or c.stage == 'decoder':
+                    source = source.detach()  # the tokens have no say in what a latent is, LDLM eq. (3)
+                logs['token_loss'], logs['accuracy'] = self.token_loss(source, x)
+                losses.append(logs['token_loss'])
+        logs['loss'] = loss = sum(losses)
+        logs['latent_norm'], logs['latent_var'] = z.norm(dim=-1).mean(), z.flatten(0, 1).var(dim=0).mean()  # |z_l|; per coordinate
+        return loss, {k: v.detach() for k, v in logs.items()}
+
+    def diffusion_loss(self, z, noise):
+        """LDLM eq. (1) for clean latents z (b, L, D) -> scalar. What flows back into z is gamma times the gradient: app. A.2."""
+        c = self.config
+        z = z.detach() + self.gamma * (z - z.detach())  # eq. (28), in a form that leaves the value exactly z; it is input *and* target
+        t = self.times.draw(noise) if c.adaptive_t else noise.times('t')
+        alpha, sigma = (level[:, None, None] for level in alpha_sigma(t, c.tangent))
+        z_t = alpha * z + sigma * noise.normal('eps', *z.shape[1:])
+        z_self = torch.zeros_like(z)
+        if c.self_conditioning:
+            with torch.no_grad():
+                z_self = self.denoise(z_t, t, z_self) * (noise.uniform('self') < c.self_conditioning)[:, None, None]
+        losses = (self.denoise(z_t, t, z_self) - z).square().mean(dim=(1, 2))
+        self.times.track(t, losses.detach())
+        return losses.mean()
+
+    def denoise(self, z_t, t, z_self):
+        """z_0 hat (b, L, D) from z_t and an earlier estimate (or zeros) at times t (b,)."""
+        h = self.z_in(torch.cat((z_t, z_self), dim=-1))
+        return self.z_out(self.dit(h, t=[t])).float()
+
+    def token_loss(self, source, x):
+        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq. (3); and the accuracy at 64 places of the batch."""
+        h, ids = self.token_decoder(source).flatten(0, 1), x.flatten()
+        some = torch.arange(min(64, len(ids)), device=x.device) * max(1, len(ids) // 64)
+        with torch.no_grad():
+            accuracy = (self.head(h[some]).argmax(dim=-1) == ids[some]).float().mean()
+        return head_cross_entropy(self.head, h, ids, torch.full_like(ids, 1 / len(ids), dtype=torch.float32)), accuracy
+
+    # --- sampling -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, n, steps, sampler='euler_maruyama', generator=None, callback=None):
+        """-> (n, L) ids after `steps` calls of the denoiser; decoder and head run once, at the end, or at every step for callback(step, x).
+
+        euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family], ddim ends at z_0 hat by itself.
+        """
+        c = self.config
+        z = torch.randn(n, c.block_size, c.latent_dim, device=self.head.weight.device, generator=generator)
+
+        def denoise(z_t, t, z_self):
+            return self.denoise(z_t, t.float().expand(n), z_self)
+
+        def decoded(i, z_hat):
+            callback(i, self.tokens(z_hat))
+        if sampler == 'ddim':
+            return self.tokens(ddim(denoise, z, steps, c.tangent, callback and decoded))
+        mean, z_hat = euler_maruyama(denoise, z, steps, c.tangent, generator, callback and decoded)
+        return self.tokens(mean if sampler == 'euler_maruyama_mean' else z_hat)
+
+    def flops(self, L):
+        """Forward FLOPs of one denoiser call by the papers' formula: one per fused multiply-add; decoder and head come once per text."""
+        return self.dit.flops(L)
+
+
+def warmup(step, length, midpoint=0.8, steepness=10.0):
+    """gamma(s), a sigmoid stretched to reach 0 at step 0 and 1 at `length`, LDLM eq. (29), (30); midpoint and steepness [second-hand]."""
+    def S(x):
+        return 1 / (1 + math.exp(-steepness * (x - midpoint)))
+    return (S(step / length) - S(0)) / (S(1) - S(0)) if step < length else 1.0
