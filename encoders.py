@@ -8,6 +8,8 @@ Frozen pretrained encoders: where LADD's text latents and LDLM's token states co
 They are nobody's parameters: not trained, not in any checkpoint, read again by name when something is to be encoded.
 """
 import functools
+import hashlib
+import math
 import os
 
 import torch
@@ -27,6 +29,7 @@ class HubEncoder:
         cache_only_if_offline()
         try:
             import transformers
+            transformers.utils.logging.disable_progress_bar()  # of loading; our own bars come right after it
             self.model = transformers.AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
         except ImportError as e:
             raise UserError(f'the encoder {name} needs `pip install transformers`; an AR checkpoint of ours does not: --encoder=out/NAME') from e
@@ -38,8 +41,12 @@ class HubEncoder:
         a = self.tokenizer.encode('a')
         at = next(i for i in range(len(around)) if around[i:i + len(a)] == a)
         self.before, self.after = around[:at], around[at + len(a):] or [self.tokenizer.eos_id]
-        self.width, self.num_ids = self.model.config.hidden_size, self.model.get_input_embeddings().num_embeddings
+        config = self.model.config
+        self.width, self.num_ids = config.hidden_size, self.model.get_input_embeddings().num_embeddings
+        self.max_tokens = getattr(config, 'max_position_embeddings', math.inf) - len(self.before) - len(self.after)
+        config.use_cache = False  # a decoder would keep keys and values for a text that is not going to be continued
 
+    @torch.no_grad()
     def __call__(self, x, blank=None, layer=-1):
         """x (b, L) ids; blank: bool (b, L), positions whose input embedding is zeroed; layer: an index into its hidden states, -1 the output."""
         def special(ids):
@@ -48,7 +55,8 @@ class HubEncoder:
         first, last = len(self.before), len(self.before) + x.shape[1]
         if blank is not None:
             e[:, first:last] = e[:, first:last].masked_fill(blank[..., None], 0)
-        h = self.model(inputs_embeds=e, output_hidden_states=True).hidden_states[layer]
+        out = self.model(inputs_embeds=e, output_hidden_states=layer != -1)  # all layers at once take room that only -2 and below deserve
+        h = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
         return h[:, first:last], h[:, -1]
 
 
@@ -62,7 +70,7 @@ class OurEncoder:
             raise UserError(f'the encoder {out_dir} is {config["method"]}; it has to be ar, or a model of the Hugging Face hub')
         self.model.requires_grad_(False)
         self.tokenizer = load_tokenizer(config) if 'tokenizer' in config else None  # sawtooth has none
-        self.width, self.num_ids = config['hidden'], config['vocab_size']
+        self.width, self.num_ids, self.max_tokens = config['hidden'], config['vocab_size'], config['block_size']
 
     def __call__(self, x, blank=None, layer=-1):
         """As HubEncoder's."""
@@ -70,15 +78,28 @@ class OurEncoder:
         return h, h[:, -1]
 
 
-@functools.lru_cache(maxsize=1)
 def open_encoder(name, device):
-    """name: hub id, folder or out/NAME -> an encoder on `device`. UserError if it is not to be had."""
+    """name: hub id, folder or out/NAME -> an encoder on `device`, the same one as long as it is asked for. UserError if it is not to be had."""
+    return opened(name, torch.device(device).type)  # 'cuda' and 'cuda:3' are one device: a process has only one
+
+
+@functools.lru_cache(maxsize=1)
+def opened(name, device):
     ours = os.path.exists(os.path.join(name, 'ckpt.pt')) or name.startswith('out/')
     return (OurEncoder if ours else HubEncoder)(name, device)
 
 
+def weights_sha256(encoder):
+    """A checksum of the encoder's weights, hex."""
+    sha = hashlib.sha256()
+    for name, weight in encoder.model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
 def check_tokenizer(encoder, data):
-    """UserError unless the ids of `data` (a data source, see data/) mean to the encoder what they mean there."""
+    """UserError unless the ids of `data` (a data source, see data/) mean to the encoder what they mean there, and are not too many."""
     probe = 'The quick brown fox; naïve, 2,718 times! No?'
     if encoder.tokenizer is None:
         same = not hasattr(data, 'tokenizer') and data.vocab_size == encoder.num_ids
@@ -90,6 +111,8 @@ def check_tokenizer(encoder, data):
     if not same:
         raise UserError('encoder and data have different tokenizers, so the encoder would read another text; prepare the data with '
                         '--tokenizer=ENCODER, the same hub id or folder (of an AR checkpoint: the folder of its training data)')
+    if data.block_size > encoder.max_tokens:
+        raise UserError(f'the encoder reads at most {encoder.max_tokens} tokens, and a sequence has block_size={data.block_size}')
 
 
 def pool(states, summary, M):

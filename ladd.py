@@ -9,9 +9,11 @@ and one MM-DiT sees both and predicts both:  loss = lambda_x * token loss + lamb
 Two ways to sample: *joint* moves both channels at every step; *sequential* makes the latent first, all tokens still masked, and
 then the tokens given the clean latent. Two stages of training: first encoder, quantizer and token denoiser (lambda_z = 0), so that
 the latent learns to be useful; then encoder and codebook are frozen and everything else learns the full objective.
-Read in this order: latent schedules, samplers, Quantizer, class LADD.
+A pretrained encoder is frozen from the start: Co-LADD then begins with the second stage, Di-LADD with the first, for its quantizer.
+Read in this order: latent schedules, samplers, Quantizer, encoders, class LADD.
 """
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import mdlm
+from configurator import UserError
+from encoders import check_tokenizer, open_encoder, pool
 from mdlm import alpha, ancestral, choose, draw_tokens, elbo_weight, pairs, time_grid
 from model import DiT
 
@@ -115,6 +119,7 @@ class Quantizer(nn.Module):
     As VectorQuantize of vector-quantize-pytorch with use_cosine_sim, which the paper names: decay .95, commitment .1, dead-code
     threshold 2, k-means initialisation with 10 iterations.
     """
+    at_once = 4096  # vectors that meet all the codes at a time: k-means sees 131,000 vectors for 8,191 codes
 
     def __init__(self, size, dim, decay=0.95, commitment=0.1, dead_below=2.0):
         super().__init__()
@@ -126,7 +131,19 @@ class Quantizer(nn.Module):
     @in_fp32
     def nearest(self, e):
         """Unit vectors e (..., D) -> code indices (...), LADD eq. (73)."""
-        return (e @ self.codebook.T).argmax(dim=-1)
+        parts = e.flatten(0, -2).split(self.at_once)
+        return torch.cat([(part @ self.codebook.T).argmax(dim=-1) for part in parts]).view(e.shape[:-1])
+
+    def tally(self, e, codes):
+        """How many of the vectors e (N, D) chose each code, and their sum: codes (N,) -> (K,), (K, D).
+
+        By products with 0 and 1, not by index_add_: its order of summation on a GPU is anybody's, and processes would drift apart.
+        """
+        counts, sums = 0, 0
+        for part, chosen in zip(e.split(self.at_once), codes.split(self.at_once)):
+            chosen = F.one_hot(chosen, len(self.codebook)).to(e.dtype)
+            counts, sums = counts + chosen.sum(dim=0), sums + chosen.T @ part
+        return counts, sums
 
     def forward(self, e, noise=None):
         """Unit vectors e (b, M, D) -> quantised with a straight-through gradient, codes (b, M), commitment loss, LADD eq. (74).
@@ -145,9 +162,9 @@ class Quantizer(nn.Module):
     @in_fp32
     def update(self, e, codes, noise):
         """e (N, D), codes (N,): the whole global batch, so every process makes the same move."""
-        chosen = F.one_hot(codes, len(self.codebook)).to(e.dtype)
-        self.counts.lerp_(chosen.sum(dim=0), 1 - self.decay)
-        self.sums.lerp_(chosen.T @ e, 1 - self.decay)
+        counts, sums = self.tally(e, codes)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
         # a code that hardly anybody chooses restarts at a random vector of the batch
         dead = self.counts < self.dead_below
         fresh = e[noise.permutation('revive', max(len(e), len(dead)))[:len(dead)] % len(e)]
@@ -162,16 +179,19 @@ class Quantizer(nn.Module):
         K = len(self.codebook)
         self.codebook[:] = e[noise.permutation('k-means', max(len(e), K))[:K] % len(e)]
         for _ in range(iterations):
-            chosen = F.one_hot(self.nearest(e), K).to(e.dtype)
-            sums = chosen.T @ e
-            self.codebook[:] = torch.where(chosen.sum(dim=0)[:, None] > 0, F.normalize(sums, dim=-1), self.codebook)
-        self.counts[:] = chosen.sum(dim=0) * (batch_vectors / len(e))
+            counts, sums = self.tally(e, self.nearest(e))
+            self.codebook[:] = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), self.codebook)
+        self.counts[:] = counts * (batch_vectors / len(e))
         self.sums[:] = sums * (batch_vectors / len(e))
 
     def perplexity(self):
         """exp(entropy of the running code usage): how many codes are really in use."""
         p = self.counts / self.counts.sum()
         return torch.exp(-torch.special.xlogy(p, p).sum())
+
+    def usage(self):
+        """Share of the codes that are chosen more often than the dead ones start with."""
+        return (self.counts > self.dead_below).float().mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -186,6 +206,8 @@ class Config(mdlm.Config):
     codebook_size: int = 511  # usable codes (the paper's 512 counts the mask)
     vq_decay: float = 0.95  # per step; slower for small batches, which touch few codes
     dead_below: float = 2.0  # a code chosen less often than this per batch starts anew
+    encoder: str = ''  # '': learned | hub id, folder or out/NAME of an AR checkpoint: pretrained and frozen, see encoders.py
+    stored_latents: bool = False  # train on what the frozen encoder said once and data/encode.py stored
     encoder_layers: int = 2  # of the learned encoder, a DiT of the same width
     unit_norm: bool = True  # scale each continuous latent to length 1, LADD eq. (75)
     latent_layers: int = 0  # > 0: a latent denoiser of its own for sequential sampling; 0: the MM-DiT with all tokens masked
@@ -220,6 +242,25 @@ class Encoder(nn.Module):
         return self.out(h[:, x.shape[1]:])
 
 
+class FrozenEncoder(nn.Module):
+    """Pretrained: its states, pooled to M and cut to their first D coordinates (LADD appendix D). M = L is the setting of CCDD.
+
+    A module without weights: the encoder is opened by name when there is something to encode. So no checkpoint holds it, no optimizer
+    or .train() reaches it, and sampling does without it.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.name, self.num_latents, self.latent_dim = c.encoder, c.num_latents, c.latent_dim
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def forward(self, x, blank=None):
+        """As Encoder's."""
+        states, summary = open_encoder(self.name, x.device)(x, blank)
+        return pool(states[..., :self.latent_dim].float(), summary[..., :self.latent_dim].float(), self.num_latents)
+
+
 class LADD(mdlm.MDLM):
     strategies = ('joint', 'seq')
 
@@ -232,8 +273,16 @@ class LADD(mdlm.MDLM):
         mdlm.one_of('schedule', c.schedule, masking)
         mdlm.one_of('latent_schedule', c.latent_schedule, masking if self.discrete else VP_SCHEDULES)
         mdlm.one_of('times', c.times, ('same', 'independent'))
+        if c.encoder and c.num_latents > c.block_size:
+            raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, which makes no num_latents={c.num_latents}')
+        if c.encoder and c.stage1_iters and not self.discrete:
+            raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants stage1_iters=0')
+        if c.stored_latents and not c.encoder:
+            raise ValueError('stored_latents=True wants a frozen encoder: encoder=NAME')
+        if c.stored_latents and c.encoder_dropout:
+            raise ValueError('encoder_dropout blanks what the tokens\' mask hides, at every step anew: stored_latents=True wants encoder_dropout=False')
         self.stage, self.quantising = 2, True  # begin_step sets them while training
-        self.encoder = Encoder(c)
+        self.encoder = FrozenEncoder(c) if c.encoder else Encoder(c)
         self.z_in = nn.Linear(c.latent_dim, c.hidden)
         self.z_head = nn.Linear(c.hidden, c.codebook_size if self.discrete else c.latent_dim)
         if self.discrete:
@@ -247,9 +296,19 @@ class LADD(mdlm.MDLM):
 
     # --- the latent channel -------------------------------------------------------------------------------------------------------
 
-    def encode(self, x, blank=None):
-        """x (b, L) -> continuous latents before any quantizer, (b, M, D) fp32."""
-        z = self.encoder(x, blank).float()
+    def check_data(self, data, device):
+        """UserError unless the frozen encoder can read this data source. Stored latents were checked when they were made."""
+        c = self.config
+        if not c.encoder or c.stored_latents:
+            return
+        encoder = open_encoder(c.encoder, device)
+        check_tokenizer(encoder, data)
+        if c.latent_dim > encoder.width:
+            raise UserError(f'latent_dim={c.latent_dim} coordinates are more than the {encoder.width} of {c.encoder}')
+
+    def encode(self, x, blank=None, stored=None):
+        """x (b, L) -> continuous latents before any quantizer, (b, M, D) fp32. stored: what the frozen encoder once said of x, (b, M, D)."""
+        z = self.encoder(x, blank).float() if stored is None else stored
         return F.normalize(z, dim=-1) if self.discrete or self.config.unit_norm else z
 
     def corrupt_latent(self, z_0, t, noise):
@@ -292,19 +351,24 @@ class LADD(mdlm.MDLM):
 
     @torch.no_grad()
     def begin_step(self, step, draw_rows, noise):
-        """Sets the stage from the step, and starts the codebook when its time has come; draw_rows(n) -> n training texts."""
+        """Sets the stage from the step, and starts the codebook when its time has come.
+
+        draw_rows(n) -> n training texts (n, L), or (texts, their stored latents).
+        """
         c = self.config
         self.stage, self.quantising = 1 if step < c.stage1_iters else 2, step >= c.vq_start
         self.encoder.train(self.stage == 1)
         if self.discrete and step == c.vq_start and self.stage == 1:
             n = max(1, 16 * c.codebook_size // c.num_latents)  # 16 vectors for every code
+            rows = draw_rows(n)
+            x, *z_0 = rows if isinstance(rows, tuple) else (rows,)
             self.encoder.eval()
-            e = torch.cat([self.encode(x) for x in draw_rows(n).split(256)])
+            e = torch.cat([self.encode(x, stored=z) for x, z in zip(x.split(256), z_0[0].split(256) if z_0 else itertools.repeat(None))])
             self.encoder.train()
             self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
 
-    def forward(self, x, noise):
-        """Training loss of x (b, L) int64, LADD eq. (14), and logs."""
+    def forward(self, x, noise, z_0=None):
+        """Training loss of x (b, L) int64, LADD eq. (14), and logs. z_0: stored latents (b, M, D), instead of encoding x."""
         c, first = self.config, self.stage == 1
         t_x = noise.times('t_x')
         if first:
@@ -320,14 +384,14 @@ class LADD(mdlm.MDLM):
             p_r = 0.9 * noise.uniform('p_r')
             blank = mask & (noise.uniform('blank', x.shape[1]) < p_r[:, None])
         with torch.set_grad_enabled(first):  # stage 2: encoder and codebook are frozen
-            z_0 = self.encode(x, blank)
+            z_0 = self.encode(x, blank, z_0)
         logs, vq_loss = {}, 0.0
         if self.discrete and self.quantising:
             z_0, codes, vq_loss = self.quantizer(z_0, noise if first else None)
             z_code = self.corrupt_latent(codes, t_z, noise)
             z_masked = z_code == c.codebook_size
             z_t = torch.where(z_masked[..., None], self.z_mask, z_0)  # z_0: code vectors with the straight-through gradient
-            logs['code_perplexity'] = self.quantizer.perplexity()
+            logs.update(code_perplexity=self.quantizer.perplexity(), code_usage=self.quantizer.usage())
         elif self.discrete:
             z_t = z_0
         else:
@@ -357,14 +421,14 @@ class LADD(mdlm.MDLM):
     # --- likelihoods ----------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def channel_nll(self, x, noise, strategy='joint'):
+    def channel_nll(self, x, noise, strategy='joint', z_0=None):
         """Token and latent part of the ELBO of one strategy, one time each, nats per sequence: (b,), (b,) for codes or None.
 
         joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
         The token part alone is the papers' "data" likelihood. It is no bound on -log p(x): the latent it is given was read off x.
         """
         c = self.config
-        z_0 = self.encode(x)
+        z_0 = self.encode(x, stored=z_0)
         if self.discrete:
             z_0 = self.quantizer.nearest(z_0)
         t = noise.times('t_x')
@@ -382,20 +446,25 @@ class LADD(mdlm.MDLM):
         nats = F.cross_entropy(logits.float().flatten(0, 1), z_0.flatten(), reduction='none').view(z_0.shape)
         return tokens, elbo_weight(t, c.latent_schedule) * (nats * (z_t == c.codebook_size)).sum(dim=1)
 
-    def nll(self, x, noise):
+    def nll(self, x, noise, z_0=None):
         """Di-LADD: token + code ELBO of the joint strategy, an upper bound on -log p(x). Co-LADD: the token channel only, no bound."""
-        tokens, latent = self.channel_nll(x, noise)
+        tokens, latent = self.channel_nll(x, noise, z_0=z_0)
         return tokens if latent is None else tokens + latent
 
     # --- sampling -------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, n, steps, strategy='joint', latent_steps=8, sampler='ancestral', eta=1.0, temperature=1.0, top_p=1.0,
-               x=None, generator=None, callback=None):
-        """-> (n, L) ids. joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens."""
+               x=None, z_0=None, generator=None, callback=None):
+        """-> (n, L) ids. joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens.
+
+        z_0: a clean latent to write from, vectors (n, M, D) or codes (n, M), in place of seq's first half.
+        """
         c, device = self.config, self.head.weight.device
         if strategy == 'joint' and sampler == 'first_hitting':
             raise ValueError('first_hitting is for the sequential strategy: joint latents move on a grid')
+        if strategy == 'joint' and z_0 is not None:
+            raise ValueError('a clean latent is for the sequential strategy: joint makes its own on the way')
         if x is None:
             x = torch.full((n, c.block_size), self.mask_id, device=device)
         z = self.latent_prior(n, generator)
@@ -408,7 +477,8 @@ class LADD(mdlm.MDLM):
             return t.float().expand(n)
 
         if strategy == 'seq':
-            z_0 = latent_chain(lambda z, t: self.predict_latent(see(z), times(t), x.new_full(x.shape, self.mask_id)), z, latent_steps, latent_step)
+            if z_0 is None:
+                z_0 = latent_chain(lambda z, t: self.predict_latent(see(z), times(t), x.new_full(x.shape, self.mask_id)), z, latent_steps, latent_step)
 
             def denoise(x_t, where):
                 active = where.any(dim=1)

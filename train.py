@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import build, load, method_fields, pick_device, save
 from configurator import UserError, configure, run
-from data.tokens import open_data
+from data.tokens import WithLatents, open_data
 from model import DiT
 from noise import Noise
 
@@ -149,13 +149,19 @@ def averaged(method, params, ema):
         method.train()
 
 
+def parts(batch):
+    """What a data source gives: ids, or (ids, stored latents) -> a tuple."""
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
 @torch.no_grad()
 def evaluate(method, data, n, batch, rank, world, device):
     """Bound on -log p in nats per token over the first n validation sequences; the same for every batch size and number of processes."""
     n, nats = min(n, len(data)), torch.zeros((), dtype=torch.float64)
     for first in range(rank, n, world * batch):
         rows = torch.arange(first, min(first + world * batch, n), world)
-        nats += method.nll(data.rows(rows).to(device), Noise(EVAL_SEED, 0, rows.to(device), n)).sum().item()
+        x, *z_0 = (part.to(device) for part in parts(data.rows(rows)))
+        nats += method.nll(x, Noise(EVAL_SEED, 0, rows.to(device), n), *z_0).sum().item()
     if world > 1:
         dist.all_reduce(nats)
     return nats.item() / (n * data.block_size)
@@ -197,7 +203,7 @@ def open_log(path, step):
 def check_fits(checkpoint, config, method, out_dir):
     """UserError if out_dir holds a run of another shape. Changed rates, intervals and lengths of training are fine."""
     old = checkpoint['config']
-    changed = [k for k in ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads') if old.get(k) != config.get(k)]
+    changed = [k for k in ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'num_latents') if old.get(k, '') != config.get(k, '')]
     shapes = {k: v.shape for k, v in method.state_dict().items()}
     if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
         changed = [k for k in method_fields(config['method']) if old.get(k) != config.get(k)] or ['the code']
@@ -254,6 +260,10 @@ def main(argv):
         method = build(config)
         if ours:
             begin_with(method, config, c.init_from)
+    if hasattr(method, 'check_data'):
+        method.check_data(train_data, device)
+    if getattr(c, 'stored_latents', False):
+        train_data, val_data = (WithLatents(data, c.encoder, c.num_latents, c.latent_dim) for data in (train_data, val_data))
     path = os.path.join(c.out_dir, 'ckpt.pt')
     checkpoint = None
     if c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path):
@@ -329,8 +339,12 @@ def main(argv):
     bad_run, worst_run, skipped = torch.zeros(3, device=device)
 
     def fetch(step):
-        x = train_data.batch(c.seed, step, rows)
-        return x.pin_memory() if device.type == 'cuda' else x
+        batch = parts(train_data.batch(c.seed, step, rows))
+        return [part.pin_memory() for part in batch] if device.type == 'cuda' else batch
+
+    def draw_rows(n):  # for a method that wants to see more of the data than the batch
+        batch = tuple(part.to(device) for part in parts(train_data.batch(c.seed, step, torch.arange(n))))
+        return batch if len(batch) > 1 else batch[0]
 
     bar = tqdm(total=c.max_iters, initial=start, disable=rank != 0, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, unit='step')
     feed = ThreadPoolExecutor(1)
@@ -338,7 +352,7 @@ def main(argv):
         coming = feed.submit(fetch, start)
         clock, clock_tokens, done = time.time(), tokens, start
         for step in range(start, c.max_iters):
-            x = coming.result().to(device, non_blocking=True)  # (share, L)
+            x, *z_0 = (part.to(device, non_blocking=True) for part in coming.result())  # (share, L), and stored latents where there are
             coming = feed.submit(fetch, step + 1)
             noise = Noise(c.seed, step, device_rows, c.batch_size)
             torch.manual_seed((c.seed * 1000003 + step) * 65536 + rank & 0x7FFFFFFFFFFFFFFF)  # dropout, too, is a function of the step
@@ -347,14 +361,14 @@ def main(argv):
                 group['lr'] = lr
             if hasattr(method, 'begin_step'):
                 with autocast:
-                    method.begin_step(step, lambda n: train_data.batch(c.seed, step, torch.arange(n)).to(device), noise)
+                    method.begin_step(step, draw_rows, noise)
             before = [b.clone() for b in buffers]
 
             # gradient
             loss, logs = 0.0, {}
             for i in range(0, share, micro):
                 with autocast:
-                    part, part_logs = method(x[i:i + micro], noise[i:i + micro])
+                    part, part_logs = method(x[i:i + micro], noise[i:i + micro], *(z[i:i + micro] for z in z_0))
                 (part * (micro / share)).backward()
                 loss = loss + part.detach().float() * (micro / share)
                 logs = {k: logs.get(k, 0) + v * (micro / share) for k, v in part_logs.items()}

@@ -6,7 +6,7 @@ A prepared set is a folder:  train.bin, val.bin   the token ids, one after the o
 Documents are joined by EOS and cut into chunks when they are read, so one file serves every block size. With wrap (the protocol
 of MDLM, `_group_texts` in its dataloader.py) a chunk is BOS, block_size - 2 ids of the same stream, EOS.
 """
-import json, os
+import json, os, shlex
 import urllib.error, urllib.request
 
 import numpy as np
@@ -147,6 +147,12 @@ def open_data(name, split, block_size):
         return Sawtooth(split)
     return Tokens(name, split, block_size)
 
+def random_numbers(seed, step, rows, n):
+    """A random number below n for each global row number in `rows`, a list."""
+    u = Noise(seed, step, torch.as_tensor(rows, device='cpu'), len(rows)).uniform('chunk', 2)
+    high, low = (u.double() * 2**23).floor().unbind(1)  # 23 bits each: one draw is too coarse for the 9 billion places of OpenWebText
+    return ((high * 2**23 + low) * 2.0**-46 * n).long().tolist()
+
 class Tokens:
     """One split of a prepared set, as chunks of block_size ids.
 
@@ -168,6 +174,7 @@ class Tokens:
                             f'{count * dtype.itemsize:,}: run {self.meta["command"]} again')
         self.vocab_size, self.tokenizer, self.wrap = self.meta['vocab_size'], self.meta['tokenizer'], self.meta['wrap']
         self.ids = np.memmap(path, dtype, 'r')
+        self.folder, self.split = folder, split
         self.block_size, self.body = block_size, block_size - 2 * self.wrap  # ids that a chunk takes from the file
         if not 1 <= self.body <= count:
             raise UserError(f'{path} holds {count:,} tokens, which does not make a chunk of block_size {block_size}')
@@ -184,9 +191,7 @@ class Tokens:
 
     def batch(self, seed, step, rows):
         """Training: a random chunk for each global row number in `rows`, (len(rows), block_size), a pure function of (seed, step, row)."""
-        u = Noise(seed, step, torch.as_tensor(rows, device='cpu'), len(rows)).uniform('chunk', 2)
-        high, low = (u.double() * 2**23).floor().unbind(1)  # 23 bits each: one draw is too coarse for the 9 billion places of OpenWebText
-        return self.chunks(((high * 2**23 + low) * 2.0**-46 * (len(self.ids) - self.body + 1)).long().tolist())
+        return self.chunks(random_numbers(seed, step, rows, len(self.ids) - self.body + 1))
 
     def row(self, i):
         """Validation: the i-th chunk, side by side in order, (block_size,)."""
@@ -198,3 +203,55 @@ class Tokens:
         if not all(0 <= i < len(self) for i in indices):
             raise IndexError(f'chunks are numbered 0 .. {len(self) - 1}')
         return self.chunks([i * self.body for i in indices])
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading stored latents: data/encode.py writes them, LADD with a frozen encoder trains on them
+
+def latents_of(tokens, encoder, num_latents, latent_dim):
+    """Where the latents of a set (any split of it, a Tokens) belong, and what their meta.json has to say: (folder, dict)."""
+    shape = f'{tokens.block_size}_{num_latents}x{latent_dim}'
+    splits = {s: dict(chunks=tokens.meta[s]['tokens'] // tokens.body, tokens_sha256=tokens.meta[s]['sha256']) for s in ('train', 'val') if s in tokens.meta}
+    return (os.path.join(tokens.folder, f'latents_{os.path.basename(os.path.normpath(encoder))}_{shape}'),
+            dict(dtype='bfloat16', encoder=encoder, block_size=tokens.block_size, num_latents=num_latents, latent_dim=latent_dim, **splits))
+
+class WithLatents:
+    """A split of a prepared set in chunks that lie side by side, each with its latent: `batch` and `rows` give (ids, latents (n, M, D) fp32).
+
+    Without latents a training chunk may begin anywhere. Here there are len() of them, and they come again in every epoch.
+    """
+
+    def __init__(self, tokens, encoder, num_latents, latent_dim):
+        if not isinstance(tokens, Tokens):
+            raise UserError('latents are stored beside a prepared set; what is computed, as sawtooth is, has no such place')
+        folder, wanted = latents_of(tokens, encoder, num_latents, latent_dim)
+        name = os.path.relpath(tokens.folder, DATA)
+        command = f'python data/encode.py --method=ladd --dataset={shlex.quote(tokens.folder if name.startswith("..") else name)} ' \
+                  f'--encoder={shlex.quote(encoder)} --block_size={tokens.block_size} --num_latents={num_latents} --latent_dim={latent_dim}'
+        try:
+            with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
+                meta = json.load(f)
+            wrong = [k for k in wanted if meta.get(k) != wanted[k]]
+        except FileNotFoundError:
+            raise UserError(f'there are no stored latents in {folder}: run {command}') from None
+        except (OSError, ValueError, AttributeError) as e:
+            raise UserError(f'{folder}/meta.json is damaged ({type(e).__name__}): run {command}') from e
+        if wrong:
+            raise UserError(f'the latents in {folder} were made of something else ({", ".join(wrong)} changed): run {command}')
+        self.tokens, self.block_size, self.vocab_size = tokens, tokens.block_size, tokens.vocab_size
+        path, shape = os.path.join(folder, tokens.split + '.bin'), (len(tokens), num_latents, latent_dim)
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != 2 * np.prod(shape, dtype=np.int64):
+            raise UserError(f'{path} has {size:,} bytes where {shape} numbers of 2 bytes are expected: run {command}')
+        self.latents = np.memmap(path, np.uint16, 'r', shape=shape)  # numpy has no bfloat16
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batch(self, seed, step, rows):
+        """Training: a random chunk for each global row number in `rows`, a pure function of (seed, step, row)."""
+        return self.rows(random_numbers(seed, step, rows, len(self)))
+
+    def rows(self, indices):
+        """Chunks by number; raises IndexError outside 0 .. len - 1."""
+        indices = [int(i) for i in indices]
+        return self.tokens.rows(indices), torch.from_numpy(self.latents[indices]).view(torch.bfloat16).float()

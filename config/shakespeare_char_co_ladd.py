@@ -1,0 +1,41 @@
+"""
+Co-LADD on Tiny Shakespeare by characters: minutes on a CPU. The parameters, tokens and optimizer of shakespeare_char_mdlm.py; the frozen
+encoder is the left-to-right model of shakespeare_char_ar.py, so nothing has to be downloaded.
+
+    python data/shakespeare_char/prepare.py
+    python train.py config/shakespeare_char_ar.py
+    python train.py config/shakespeare_char_co_ladd.py
+    python sample.py --out_dir=out/shakespeare_char_co_ladd --steps=16
+
+Its states were never meant to be read by their first 32 coordinates, as those of Qwen3-Embedding are: what LADD can do with so humble an
+encoder is the question here. One latent for each character (--num_latents=128) would be the setting of CCDD.
+"""
+dataset = 'shakespeare_char'
+method = 'ladd'
+block_size = 128  # characters
+
+hidden = 128  # two modalities of this width weigh what the one of shakespeare_char_mdlm.py does
+num_layers = 4
+num_heads = 2
+cond_dim = 48
+weighting = 'constant'
+
+latent = 'continuous'
+encoder = 'out/shakespeare_char_ar'
+num_latents = 16  # the means over 15 pieces of 8 or 9 characters, and the state that has read all
+latent_dim = 32
+latent_schedule = 'vp_sqrt'
+times = 'same'
+p_drop = 0.15
+encoder_dropout = True
+
+batch_size = 16
+max_iters = 7000  # 14 million characters, 14 times the text; many small steps beat few large ones
+learning_rate = 2e-3
+warmup_iters = 100
+decay_lr = 'linear'
+beta2 = 0.99  # small batches of little text
+weight_decay = 0.03
+ema = 0.999
+eval_interval = 1000
+eval_seqs = 871  # the whole validation text
