@@ -4,7 +4,9 @@ Every number of the papers' tables, from a checkpoint of any method.
     python eval.py --out_dir=out/NAME --metrics=val_ppl                                       on the validation texts
     python eval.py --out_dir=out/NAME --metrics=val_ppl --data=zeroshot/ptb                   on any prepared set, or a text file
     python eval.py --out_dir=out/NAME --metrics=gen_ppl,diversity --steps=1,2,4,8,16,32       on samples, one result per number of steps
-    python eval.py --out_dir=out/NAME --metrics=gen_ppl --steps=8,32 --teacher=out/AR --plot  and a figure, see plot.py
+    python eval.py --out_dir=out/NAME --metrics=gen_ppl --steps=8,32 --teacher=out/AR --plot  and a figure; of several models: frontier.py
+    python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent_steps=2,8,32  LADD: the steps of the latent, too
+    python eval.py --out_dir=out/NAME --metrics=reconstruction,smoothness --teacher=out/AR    LDLM: its latent space
 
 Each result is one JSON object, on standard output and at the end of out/NAME/eval.jsonl, with all that is needed to repeat it.
 What the numbers are:
@@ -12,17 +14,23 @@ What the numbers are:
 val_ppl      exp(nats per token), over all tokens of a chunk, EOS included. The nats are exact for AR and an upper bound otherwise: the ELBO, at
              times stratified over all texts and drawn anew in each of --nll_draws rounds. So nothing depends on the batch size.
              LADD: token_ppl is the token channel alone, as in the papers ("data Val PPL"); it is no bound on anything, because the latent
-             it is given was read off the text. Codes (Di-LADD) have a likelihood, too, and then val_ppl is the bound of both channels.
+             it is given was read off the text. Codes (Di-LADD) have a likelihood, too (latent_nll), and then val_ppl is the bound of both channels.
              _se is the standard error for fresh texts and fresh noise; on fixed texts the noise alone makes less.
 gen_ppl      exp(nats per token) of the samples under a causal language model, the teacher. Samples are whole, nothing is cut at EOS. In the
              teacher's own tokenizer if that is another, where EOS and BOS become the teacher's EOS, and in windows of its context.
              A Hugging Face teacher has nothing to predict a window's first token from, so it is not scored; our AR scores it.
 entropy      _position: of the tokens that the samples have at one position, averaged over positions (LADD's definition; at most log of the number of samples)
              _sample: of the tokens within one sample, averaged over samples (the definition of MDLM and LDLM). Nats. Both on our ids.
+             LADD's published values, 4.4 at L = 128 and 5.3 at L = 512, look like _sample, whatever its text says: compare them with that.
 diversity    product over n = 2, 3, 4 of distinct n-grams / n-grams, pooled over all samples; falls with the number of samples
 mauve        against as many validation texts (package mauve-text, GPT-2 Large features)
 swd          of sawtooth samples to fresh data, see sawtooth.py
 throughput   samples per second after a warm-up, at --batch_size; and divided by gen_ppl
+             cpu_seconds_per_sample, of all threads of this process, is what a machine that is busy with something else still measures fairly.
+reconstruction  LDLM: share of the validation texts' tokens that survive encoding and decoding
+smoothness   LDLM figure 3: Gen PPL along the straight line between the latents of two random validation texts, pooled over --num_samples pairs at
+             each of 11 points (gen_ppl_path). How many pairs and points the paper does not say; and the one number, the worst Gen PPL on
+             the way over the mean of the two ends, is ours.
 
 Every result on samples has the entropies, the time and the GFLOPs, because gen_ppl without them says little: a model that repeats one
 sentence has the best gen_ppl of all.
@@ -35,6 +43,7 @@ import os
 import shlex
 import sys
 import time
+import zlib
 from types import SimpleNamespace
 
 import torch
@@ -47,17 +56,19 @@ from data.tokens import cache_only_if_offline, first_line, load_tokenizer, open_
 from noise import Noise
 from sample import generate, load, open_tokenizer, sampling_options, shared
 
-METRICS = ('val_ppl', 'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput')
+TEXT_METRICS = {'val_ppl': ('nll', 'likelihood'), 'reconstruction': ('reconstruct', 'autoencoder'),  # metric: what it takes of a method
+                'smoothness': ('interpolate', 'latent space in which to interpolate')}
+METRICS = (*TEXT_METRICS, 'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput')
 defaults = dict(
     metrics='val_ppl',         # which, with commas
-    data='',                   # for val_ppl: a prepared set, or a UTF-8 text file; empty: the validation texts of the training data
+    data='',                   # for metrics of texts: a prepared set, or a UTF-8 text file; empty: the validation texts of the training data
     val_seqs=0,                # texts of it; 0: all, of sawtooth's endless stream 20,480
     nll_draws=1,               # times and masks per text
     steps='32',                # for samples: denoiser calls, with commas
     num_samples=64,
     teacher='gpt2-large',      # for gen_ppl: a causal language model of the Hugging Face hub, its folder, or out/NAME of our AR
     plot=False,                # draw out/NAME/frontier.png from all of eval.jsonl
-    **shared)
+    **{**shared, 'latent_steps': '8'})  # of --strategy=seq: denoiser calls for the latent, with commas
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -118,6 +129,28 @@ def likelihood(method, rows, n, L, batch_size, seed=0, draws=1, strategy='joint'
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
+# the latent space
+
+@torch.no_grad()
+def reconstruction(method, rows, n, batch_size):
+    """Share of the tokens of the first n texts that encoder and decoder give back."""
+    device, right = next(method.parameters()).device, []
+    for idx in torch.arange(n).split(batch_size):
+        x = rows(idx).to(device)
+        right.append((method.reconstruct(x) == x).double().mean(dim=1).cpu())
+    return torch.cat(right).mean().item()
+
+
+@torch.no_grad()
+def interpolations(method, rows, n, pairs, batch_size, seed, weights):
+    """Decoded points between the latents of random pairs of the first n texts, no text in two of them -> ids (len(weights), pairs, L)."""
+    device = next(method.parameters()).device
+    ends = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2 * pairs].view(2, pairs)
+    return torch.cat([method.interpolate(rows(a).to(device), rows(b).to(device), weights.to(device)).cpu()
+                      for a, b in ends.split(batch_size, dim=1)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
 # metrics of samples x (N, L)
 
 def entropy(ids):
@@ -144,13 +177,19 @@ def mauve_score(texts, references, device, seed):
                                device_id=0 if device.type == 'cuda' else -1, verbose=False).mauve
 
 
-def sampling_gflops(method, L, steps, options):
+def denoiser_calls(method, L, steps, options):
+    """For the tokens, when --steps says `steps`: None where it has no say and there is no denoiser (AR), L for first hitting."""
+    if inspect.signature(method.sample).parameters['steps'].default is not inspect.Parameter.empty:
+        return None
+    return L if options.get('sampler') == 'first_hitting' else steps
+
+
+def sampling_gflops(method, L, calls, options):
     """Per sample, by method.flops: every denoiser call as if it ran on the whole sequence (ours skips those in which nothing is revealed).
 
-    steps None: one call for the whole text (AR keeps keys and values, and computes each position once).
+    calls None: one for the whole text (AR keeps keys and values, and computes each position once). Heads are left out, and LDLM's decoder.
     """
-    calls = 1 if steps is None else L if options.get('sampler') == 'first_hitting' else steps
-    flops = calls * method.flops(L)
+    flops = (1 if calls is None else calls) * method.flops(L)
     if options.get('strategy') == 'seq':  # the latent comes from its own network, or from the big one with all tokens masked
         c = method.config
         flops += options['latent_steps'] * (method.latent_dit.flops(c.num_latents) if c.latent_layers else method.flops(L))
@@ -160,8 +199,16 @@ def sampling_gflops(method, L, steps, options):
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the teacher
 
+def fingerprint(module):
+    """Of all weights, 8 hex digits: a result belongs to them, and a run that was trained anew in the same folder has others."""
+    crc = 0
+    for tensor in module.state_dict().values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f'{crc:08x}'
+
+
 def open_teacher(name, config, tok, device):
-    """-> (score: ids (N, L) -> (nats, how many tokens were scored), and in words what was scored)."""
+    """-> (score: ids (N, L) -> (nats, how many tokens were scored), and what a result says about the teacher)."""
     hub = os.path.exists(os.path.join(name, 'config.json')) or not os.path.isdir(name) and not name.startswith('out/')
     if hub and config.get('dataset') == 'sawtooth':
         raise UserError('sawtooth has no text: its teacher is a sawtooth AR, --teacher=out/NAME')
@@ -208,26 +255,42 @@ def open_teacher(name, config, tok, device):
                 nats += nll(batch.to(device)).double().sum().item()
                 tokens += len(batch) * (length - context)
         return nats, tokens
-    return score, f'whole samples, in windows of {window} tokens of the teacher, ' + ('first token of each not scored' if hub else 'all tokens scored')
+    rule = f'whole samples, in windows of {window} tokens of the teacher, ' + ('first token of each not scored' if hub else 'all tokens scored')
+    return score, {'teacher': name, 'teacher_weights': fingerprint(teacher), 'teacher_dtype': 'float32', 'gen_ppl_rule': rule}
+
+
+def gen_ppl(score, x):
+    """-> Gen PPL of ids x (N, L), and how many tokens of the teacher were scored."""
+    nats, tokens = score(x)
+    return math.exp(nats / tokens) if tokens else math.nan, tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-def numbers(text):
+def numbers(key, text):
     """'1,2,4' -> [1, 2, 4]."""
     try:
         steps = [int(s) for s in text.split(',')]
     except ValueError:
         steps = [0]
     if min(steps) < 1:
-        raise UserError(f'--steps wants numbers from 1 up, as in --steps=1,2,4; not {text!r}')
+        raise UserError(f'--{key} wants numbers from 1 up, as in --{key}=1,2,4; not {text!r}')
     return steps
+
+
+def variants(c, method):
+    """sampling_options for each of --latent_steps."""
+    return [sampling_options(SimpleNamespace(**{**vars(c), 'latent_steps': n}), method) for n in numbers('latent_steps', c.latent_steps)]
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
 
 
 def print_table(results, out):
     """The numbers, one line per result."""
-    columns = ['metric', 'data', 'steps', 'val_ppl', 'token_ppl', 'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'mauve', 'swd',
-               'samples_per_s', 'gflops']
+    columns = ['metric', 'data', 'strategy', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction', 'smoothness', 'gen_ppl', 'entropy_position',
+               'entropy_sample', 'diversity', 'mauve', 'swd', 'samples_per_s', 'gflops']
     columns = [c for c in columns if any(r.get(c) is not None for r in results)]
     cells = [columns] + [['' if r.get(c) is None else f'{r[c]:.4g}' if isinstance(r[c], float) else str(r[c]) for c in columns] for r in results]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -239,7 +302,7 @@ def main(argv):
     # ------------------------------------------------------------------------
     # everything that can be wrong, before anything is computed or written
     c = SimpleNamespace(**configure(defaults, argv))
-    metrics, steps_list = c.metrics.split(','), numbers(c.steps)
+    metrics, steps_list = c.metrics.split(','), numbers('steps', c.steps)
     for m in metrics:
         if m not in METRICS:
             raise UserError(f'no metric {m!r}: {nearest(m, METRICS)}')
@@ -247,15 +310,18 @@ def main(argv):
         raise UserError('nll_draws must be at least 1, and val_seqs not negative')
     device = pick_device(c.device)
     method, config = load(c, device)
-    options = sampling_options(c, method)
+    all_options = variants(c, method)
     tok, L = open_tokenizer(config), config['block_size']
-    if 'val_ppl' in metrics and not hasattr(method, 'nll'):
-        raise UserError(f'{config["method"]} has no likelihood: leave val_ppl out')
-    if 'val_ppl' in metrics or 'mauve' in metrics:
+    for metric, (function, words) in TEXT_METRICS.items():
+        if metric in metrics and not hasattr(method, function):
+            raise UserError(f'{config["method"]} has no {words}: leave {metric} out')
+    if {*TEXT_METRICS, 'mauve'} & set(metrics):
         rows, n = open_texts(c.data, config, tok)
         n = min(n, c.val_seqs or n)
-    if 'gen_ppl' in metrics:
-        score, rule = open_teacher(c.teacher, config, tok, device)
+        if n < 2 and 'smoothness' in metrics:
+            raise UserError('smoothness wants two texts at least, and there is one')
+    if {'gen_ppl', 'smoothness'} & set(metrics):
+        score, teacher = open_teacher(c.teacher, config, tok, device)
     if 'swd' in metrics:
         if config.get('dataset') != 'sawtooth':
             raise UserError('swd is a metric of sawtooth')
@@ -278,10 +344,9 @@ def main(argv):
             log = os.open(os.path.join(c.out_dir, 'eval.jsonl'), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as e:
             raise UserError(f'cannot write {c.out_dir}/eval.jsonl ({e.strerror})') from e
-    where = torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
-    common = {'model': c.out_dir or c.init_from, 'method': config['method'], 'step': config['step'], 'dataset': config.get('dataset'), 'L': L,
-              'seed': c.seed, 'batch_size': c.batch_size, 'dtype': c.dtype, 'device': where, 'torch': torch.__version__,
-              'command': shlex.join(['python', 'eval.py', *argv])}
+    common = {'model': c.out_dir or c.init_from, 'method': config['method'], 'step': config['step'], 'weights': fingerprint(method),
+              'dataset': config.get('dataset'), 'L': L, 'seed': c.seed, 'batch_size': c.batch_size, 'dtype': c.dtype, 'device': device_name(device),
+              'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
     results = []
 
     def report(result):
@@ -295,8 +360,9 @@ def main(argv):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
 
     # ------------------------------------------------------------------------
+    # texts
     if 'val_ppl' in metrics:
-        strategy = options.get('strategy', 'joint')
+        strategy = all_options[0].get('strategy', 'joint')
         with autocast:
             values = likelihood(method, rows, n, L, c.batch_size, c.seed, c.nll_draws, strategy)
         if 'val_ppl' in values:
@@ -304,26 +370,33 @@ def main(argv):
         if 'token_ppl' in values:
             values |= {'token_ppl_is': 'the token channel, given the latent of the text itself: no bound', 'strategy': strategy}
         report({'metric': 'likelihood', 'data': c.data or config['dataset'], **values, 'num_texts': n, 'nll_draws': c.nll_draws})
+    if 'reconstruction' in metrics:
+        with autocast:
+            share = reconstruction(method, rows, n, c.batch_size)
+        report({'metric': 'reconstruction', 'data': c.data or config['dataset'], 'reconstruction': share, 'num_texts': n})
+    if 'smoothness' in metrics:
+        pairs, weights = min(c.num_samples, n // 2), torch.linspace(0, 1, 11)
+        with autocast:
+            points = interpolations(method, rows, n, pairs, c.batch_size, c.seed, weights)
+        path = [gen_ppl(score, x)[0] for x in points]
+        report({'metric': 'smoothness', 'data': c.data or config['dataset'], 'smoothness': max(path) / ((path[0] + path[-1]) / 2),
+                'points': [i / 10 for i in range(11)], 'gen_ppl_path': path, 'entropy_sample_path': [entropies(x)['entropy_sample'] for x in points],
+                'num_pairs': pairs, 'num_texts': n, **teacher})
 
     # ------------------------------------------------------------------------
     # samples are drawn once for all metrics
-    if set(metrics) - {'val_ppl'}:
-        takes_steps = inspect.signature(method.sample).parameters['steps'].default is inspect.Parameter.empty
-        if not takes_steps or options.get('sampler') == 'first_hitting':
-            steps_list = steps_list[:1]  # steps has no say
+    for options in all_options if set(metrics) - set(TEXT_METRICS) else []:
         with autocast:
             generate(method, min(c.num_samples, c.batch_size), min(steps_list[0], 2), c.batch_size, c.seed, **options)  # warm-up
-        for steps in steps_list:
-            clock = time.perf_counter()
+        for calls, steps in {denoiser_calls(method, L, steps, options): steps for steps in steps_list}.items():
+            clock, cpu_clock = time.perf_counter(), time.process_time()
             with autocast:
                 x = generate(method, c.num_samples, steps, c.batch_size, c.seed, **options)
-            seconds = (time.perf_counter() - clock) / c.num_samples
-            calls = None if not takes_steps else L if options.get('sampler') == 'first_hitting' else steps
+            seconds, cpu_seconds = (time.perf_counter() - clock) / c.num_samples, (time.process_time() - cpu_clock) / c.num_samples
             result = {'metric': 'samples', 'steps': calls, 'num_samples': c.num_samples, **options}
             if 'gen_ppl' in metrics:
-                nats, tokens = score(x)
-                result |= {'gen_ppl': math.exp(nats / tokens) if tokens else math.nan, 'teacher': c.teacher, 'teacher_tokens': tokens,
-                           'teacher_dtype': 'float32', 'gen_ppl_rule': rule}
+                ppl, tokens = gen_ppl(score, x)
+                result |= {'gen_ppl': ppl, 'teacher_tokens': tokens, **teacher}
             result |= entropies(x)
             if 'diversity' in metrics:
                 result['diversity'] = diversity(x)
@@ -332,14 +405,15 @@ def main(argv):
                 result['mauve'] = mauve_score([tok.decode(i) for i in x.tolist()], [tok.decode(i) for i in references.tolist()], device, c.seed)
             if 'swd' in metrics:
                 result['swd'] = swd(x)
-            result |= {'gflops': sampling_gflops(method, L, calls, options), 'seconds_per_sample': seconds, 'samples_per_s': 1 / seconds}
+            result |= {'gflops': sampling_gflops(method, L, calls, options), 'seconds_per_sample': seconds, 'cpu_seconds_per_sample': cpu_seconds,
+                       'samples_per_s': 1 / seconds}
             if 'gen_ppl' in result:
                 result['samples_per_s_per_gen_ppl'] = 1 / seconds / result['gen_ppl']
             report({**result, 'eos': 'kept: a sample is a chunk of documents joined by EOS'})
 
     print_table(results, sys.stderr)
     if c.plot:
-        plot.frontier([c.out_dir], os.path.join(c.out_dir, 'frontier.png'), sys.stderr)
+        plot.frontier(plot.measured([c.out_dir]), os.path.join(c.out_dir, 'frontier.png'), sys.stderr)
 
 
 if __name__ == '__main__':

@@ -2,14 +2,18 @@
 Figures from what train.py and eval.py have written.
 
     python plot.py log out/A out/B ...               losses against steps                          -> out/A/log.png
-    python plot.py frontier out/A out/B ...          Gen PPL at equal cost, a table and a figure   -> out/A/frontier.png
-    python plot.py frontier out/A --save=FIGURE.png
+    python plot.py frontier out/A out/B ...          Gen PPL at equal cost, tables and a figure    -> out/A/frontier.png
+    python plot.py frontier out/A out/A_seed1 FILE.jsonl --save=FIGURE.png --gflops=50,100,200 --time=cpu --paper=lm1b
+    python plot.py smoothness out/A out/B ...        Gen PPL between two texts, LDLM figure 3      -> out/A/smoothness.png
 
 The frontier asks what a given amount of computing buys: Gen PPL is interpolated linearly between the measured budgets, and is n/a
-outside of them. Below it stands the entropy, because Gen PPL alone can be had by repeating oneself.
+outside of them. Below it stands the entropy, because Gen PPL alone can be had by repeating oneself. Runs that differ only in their seed
+(out/A, out/A_seed1, ...) are one curve: mean and standard deviation. FILE.jsonl is a copy of results, for runs that are gone.
+frontier.py measures what is missing first.
 """
 import json
 import os
+import re
 import sys
 
 import matplotlib
@@ -22,7 +26,7 @@ from configurator import UserError, configure, run
 
 def read(folder, name):
     """The JSON objects in out/NAME/log.jsonl or eval.jsonl, in order; [] if there is no such file. A torn last line is left out."""
-    path = os.path.join(folder, name)
+    path = folder if folder.endswith('.jsonl') else os.path.join(folder, name)
     if not os.path.exists(path):
         return []
     with open(path, encoding='utf-8', errors='replace') as f:
@@ -69,64 +73,161 @@ def log(folders, path, out):
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Gen PPL against cost
 
-SETTINGS = ('model', 'step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'seed', 'num_samples', 'batch_size', 'dtype',
-            'device', 'teacher', 'gen_ppl_rule', 'eos')
+SETTINGS = ('model', 'step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples', 'batch_size', 'dtype', 'device',
+            'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
+TABLES = (('gflops', 'gen_ppl'), ('gflops', 'entropy_sample'), ('gflops', 'entropy_position'), ('gflops', 'diversity'),  # LADD tables 2, 5; 11, 13
+          ('steps', 'gen_ppl'), ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),                            # LADD tables 9, 12
+          ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
+SECONDS = {'wall': 'seconds_per_sample', 'cpu': 'cpu_seconds_per_sample'}
+PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'paper_ladd.json')
 
 
-def curves(folders):
-    """{label: its results at all budgets, by rising cost}. Only results of equal settings make a curve; of two at one budget the later counts."""
-    groups = {}
-    for folder in folders:
-        found = [r for r in read(folder, 'eval.jsonl') if r.get('gen_ppl') is not None]
+def measured(names):
+    """All results that have a Gen PPL, of folders and of files that hold copies of results."""
+    results = []
+    for name in names:
+        found = [r for r in read(name, 'eval.jsonl') if r.get('gen_ppl') is not None]
         if not found:
-            raise UserError(f'{folder} holds no Gen PPL yet: python eval.py --out_dir={folder} --metrics=gen_ppl --steps=1,2,4,8,16,32')
-        for r in found:
-            groups.setdefault((folder, *(r.get(k) for k in SETTINGS[1:])), {})[r['gflops']] = r
-    differ = [i for i in range(len(SETTINGS)) if len({key[i] for key in groups}) > 1 or i == 0]  # a label says what tells a curve from the others
-    return {', '.join(f'{SETTINGS[i]} {key[i]}' if i else str(key[0]) for i in differ if key[i] is not None): [by_cost[g] for g in sorted(by_cost)]
-            for key, by_cost in groups.items()}
+            raise UserError(f'{name} holds no Gen PPL yet: python eval.py --out_dir={name} --metrics=gen_ppl --steps=1,2,4,8,16,32')
+        results += found if name.endswith('.jsonl') else [{**r, 'model': os.path.normpath(name)} for r in found]  # it may have been renamed
+    return results
 
 
-def at_budget(results, gflops):
-    """Gen PPL by linear interpolation between measured budgets; nan outside. results: by rising cost."""
-    return float(np.interp(gflops, [r['gflops'] for r in results], [r['gen_ppl'] for r in results], left=np.nan, right=np.nan))
+def curves(results):
+    """{label: its runs, each a list of results by rising cost}. Only results of equal settings make a curve.
+
+    Runs of one curve differ in the seed of training (the folder's _seed1, _seed2, ...) or of sampling. Of two results at one budget the later counts.
+    """
+    groups = {}
+    for r in results:
+        key = (re.sub(r'_seed\d+$', '', r['model']), *(r.get(k) for k in SETTINGS[1:]))
+        groups.setdefault(key, {}).setdefault((r['model'], r.get('seed')), {})[r['gflops']] = r
+
+    def differs(i):  # a label says what tells a curve from the others; that a method has no such setting does not need saying
+        return len({key[i] for key in groups} - {None}) > 1 or len({(key[0], key[i]) for key in groups}) > len({key[0] for key in groups})
+    shown = [i for i in range(len(SETTINGS)) if i == 0 or differs(i)]
+    by_label = {}
+    for key, runs in groups.items():
+        label = ', '.join(f'{SETTINGS[i]} {key[i]}' if i else key[0] for i in shown if key[i] is not None)
+        by_label[label + (f' ({len(runs)} seeds)' if len(runs) > 1 else '')] = [[run[g] for g in sorted(run)] for run in runs.values()]
+    return by_label
 
 
-def frontier(folders, path, out):
-    """Prints Gen PPL at every measured budget, one column per curve, and draws Gen PPL and entropies against GFLOPs and seconds."""
-    by_label = curves(folders)
+def at(run, axis, x, key):
+    """One run's `key` where `axis` is x: between measured GFLOPs by linear interpolation, of steps only the measured ones; nan elsewhere."""
+    points = [(r[axis], r[key]) for r in run if r.get(axis) is not None and r.get(key) is not None]
+    if axis == 'steps' or not points:
+        return dict(points).get(x, np.nan)
+    return float(np.interp(x, *zip(*points), left=np.nan, right=np.nan))
+
+
+def over_runs(runs, axis, x, key):
+    """-> mean and standard deviation over the runs that were measured there; (nan, nan) if none was, and nan for the deviation of one."""
+    values = [v for v in (at(run, axis, x, key) for run in runs) if not np.isnan(v)]
+    return np.mean(values) if values else np.nan, np.std(values, ddof=1) if len(values) > 1 else np.nan
+
+
+def written(mean, deviation=np.nan):
+    if np.isnan(mean):
+        return 'n/a'
+    return (f'{mean:.4g}' if mean < 1e4 else f'{mean:.0f}') + ('' if np.isnan(deviation) else f'±{deviation:.2g}')
+
+
+def print_table(title, columns, rows, out):
+    """rows: lists of a name and cells."""
+    cells = [[title, *map(written, columns)], *rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *rest in cells:
+        print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep='  ', file=out)
+    print(file=out)
+
+
+def frontier_options(paper='', gflops='', time='wall'):
+    """Flags -> keyword arguments of frontier; UserError for what is not there.
+
+    paper: lm1b | owt, the published curves beside ours.  gflops: budgets of the tables; empty: those of the curve with the most, the first
+    of such.  time: wall | cpu, the seconds of the figure; cpu is for a machine that was busy with something else.
+    """
+    with open(PAPER) as f:
+        papers = json.load(f)
+    source = papers.pop('source')
+    if paper and paper not in papers:
+        raise UserError(f'--paper={paper}: the tables that survive are {" and ".join(papers)}')
+    if time not in SECONDS:
+        raise UserError(f'--time is wall or cpu, not {time!r}')
+    try:
+        budgets = [float(g) for g in gflops.split(',')] if gflops else None
+    except ValueError as e:
+        raise UserError(f'--gflops wants numbers, as in --gflops=50,100,200; not {gflops!r}') from e
+    return {'paper': {'source': source, **papers[paper]} if paper else None, 'budgets': budgets, 'seconds': SECONDS[time]}
+
+
+def frontier(results, path, out, paper=None, budgets=None, seconds='seconds_per_sample'):
+    """Prints what LADD's tables print, one row per curve, and draws Gen PPL and entropies against GFLOPs and seconds."""
+    by_label = curves(results)
     for i, label in enumerate(by_label):
         print(f'[{i + 1}] {label}', file=out)
-    print('GFLOPs'.rjust(10), *(f'[{i + 1}]'.rjust(10) for i in range(len(by_label))), file=out)
-    for budget in sorted({r['gflops'] for results in by_label.values() for r in results}):
-        row = [at_budget(results, budget) for results in by_label.values()]
-        print(f'{budget:.4g}'.rjust(10), *(('n/a' if np.isnan(v) else f'{v:.2f}').rjust(10) for v in row), file=out)
+    print(file=out)
+    per_curve = [sorted({r['gflops'] for run in runs for r in run}) for runs in by_label.values()]
+    columns = {'gflops': budgets or max(per_curve, key=len), 'steps': sorted({r['steps'] for r in results if r.get('steps')})}
+    for axis, key in TABLES:
+        cells = [[over_runs(runs, axis, x, key) for x in columns[axis]] for runs in by_label.values()]
+        if any(not np.isnan(mean) for row in cells for mean, _ in row):
+            print_table(f'{key} at {axis}', columns[axis], [[f'[{i + 1}]', *(written(*c) for c in row)] for i, row in enumerate(cells)], out)
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex='col', sharey='row', height_ratios=(3, 2))
-    for column, (key, unit) in enumerate([('gflops', 'GFLOPs per sample'), ('seconds_per_sample', 'seconds per sample')]):
+    for column, (axis, unit) in enumerate([('gflops', 'GFLOPs per sample'), (seconds, seconds.replace('_', ' '))]):
         top, bottom = axes[:, column]
-        for i, (label, results) in enumerate(by_label.items()):
-            cost = [r[key] for r in results]
-            top.plot(cost, [r['gen_ppl'] for r in results], marker='.', color=f'C{i}', label=label)
-            for kind, style in (('entropy_sample', '-'), ('entropy_position', ':')):
-                bottom.plot(cost, [r[kind] for r in results], style, marker='.', color=f'C{i}', label=kind.replace('_', ' per ') if i == 0 else None)
+        for i, ((label, runs), measured_at) in enumerate(zip(by_label.items(), per_curve)):
+            cost = [over_runs(runs, 'gflops', g, axis)[0] for g in measured_at]
+            for ax, key, style, name in ((top, 'gen_ppl', '.-', label), (bottom, 'entropy_sample', '.-', 'per sample' if i == 0 else None),
+                                         (bottom, 'entropy_position', '.:', 'per position' if i == 0 else None)):
+                y, spread = zip(*(over_runs(runs, 'gflops', g, key) for g in measured_at))
+                ax.errorbar(cost, y, None if len(runs) == 1 else spread, fmt=style, capsize=2, color=f'C{i}', label=name)
         top.set(xscale='log', yscale='log', ylabel='Gen PPL' if column == 0 else None)
         bottom.set(xscale='log', xlabel=unit, ylabel='entropy (nats)' if column == 0 else None)
-    axes[0, 0].legend(fontsize='small')
-    axes[1, 0].legend(fontsize='small')
+    if paper:  # in grey, by GFLOPs only: its seconds are another machine's, and its teacher may be another than ours
+        print(f'the paper, tables {paper["tables"]}: {paper["source"]}', *([paper['also']] if paper['also'] else []), sep='\n', file=out)
+        for key in ('gen_ppl', 'entropy'):
+            rows = {name: [np.nan if v is None else v for v in row[key]] for name, row in paper['rows'].items()}
+            print_table(f'{key} at gflops, the paper', paper['gflops'], [[name, *map(written, row)] for name, row in rows.items()], out)
+            for marker, (name, row) in zip('x+1234*', rows.items()):
+                axes[int(key == 'entropy'), 0].plot(paper['gflops'], row, '--', marker=marker, linewidth=0.7, markersize=5, color='0.6',
+                                                    label=f'the paper: {name}' if key == 'gen_ppl' else None)
+    axes[0, 0].legend(fontsize='x-small')
+    axes[1, 0].legend(fontsize='x-small')
     save(figure, path)
 
 
-FIGURES = {'log': log, 'frontier': frontier}
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Gen PPL on the way from one text to another
+
+def smoothness(folders, path, out):
+    figure, ax = plt.subplots(figsize=(5, 3.5))
+    for folder in folders:
+        found = [r for r in read(folder, 'eval.jsonl') if r.get('gen_ppl_path')]
+        if not found:
+            raise UserError(f'{folder} holds no smoothness yet: python eval.py --out_dir={folder} --metrics=smoothness')
+        ax.plot(found[-1]['points'], found[-1]['gen_ppl_path'], marker='.', label=folder)
+        print(f'{folder}: {found[-1]["smoothness"]:.3f}', file=out)
+    ax.set(xlabel='weight of the second latent', ylabel='Gen PPL', yscale='log')
+    ax.legend()
+    save(figure, path)
+
+
+FIGURES = {'log': log, 'frontier': frontier, 'smoothness': smoothness}
 
 
 def main(argv):
-    kind, *folders = [a for a in argv if not a.startswith('-')] or ['']
-    c = configure({'save': ''}, [a for a in argv if a.startswith('-')])
-    if kind not in FIGURES or not folders:
-        raise UserError('plot.py log out/NAME ... or plot.py frontier out/NAME ...')
-    path = c['save'] or os.path.join(folders[0], kind + '.png')
-    FIGURES[kind](folders, path, sys.stdout)
+    kind, *names = [a for a in argv if not a.startswith('-')] or ['']
+    if kind not in FIGURES or not names:
+        raise UserError('plot.py log out/NAME ..., plot.py frontier out/NAME ... or plot.py smoothness out/NAME ...')
+    options = {'paper': '', 'gflops': '', 'time': 'wall'} if kind == 'frontier' else {}
+    options = configure({'save': '', **options}, [a for a in argv if a.startswith('-')])
+    path = options.pop('save') or os.path.join(os.path.dirname(names[0]) if names[0].endswith('.jsonl') else names[0], kind + '.png')
+    if kind == 'frontier':
+        options, names = frontier_options(**options), measured(names)
+    FIGURES[kind](names, path, sys.stdout, **options)
     print(path)
 
 

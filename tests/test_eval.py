@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import eval
+import frontier
 import mdlm
 import plot
 import sample
@@ -133,10 +134,10 @@ def test_gflops_of_a_sample():
     big = 12 * (L + 2) * 16**2 + 2 * (L + 2) ** 2 * 16  # two latents
     small = 12 * 2 * 16**2 + 2 * 2**2 * 16
     seq = {'strategy': 'seq', 'latent_steps': 8}
-    for method, steps, options, flops in [(m, 5, {'sampler': 'ancestral'}, 5 * call), (m, 5, {'sampler': 'first_hitting'}, L * call),
+    for method, calls, options, flops in [(m, 5, {'sampler': 'ancestral'}, 5 * call), (m, L, {'sampler': 'first_hitting'}, L * call),
                                           (make('ar'), None, {}, call), (co, 5, {'strategy': 'joint'}, 5 * big),
                                           (co, 5, seq, 5 * big + 8 * small), (di, 5, seq, 13 * big)]:
-        assert eval.sampling_gflops(method, L, steps, options) == pytest.approx(flops / 1e9)
+        assert eval.sampling_gflops(method, L, calls, options) == pytest.approx(flops / 1e9)
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def gpt2(tmp_path):
 def test_gen_ppl_with_a_hugging_face_teacher(gpt2):
     tok = Char(CHARS, True)
     x = torch.stack([torch.tensor(tok.encode('abc def\nabcd')), torch.tensor([*tok.encode('fab'), tok.eos_id, *tok.encode('g cafe f')])])
-    score, rule = eval.open_teacher('gpt2', TINY, tok, torch.device('cpu'))
+    score, says = eval.open_teacher('gpt2', TINY, tok, torch.device('cpu'))
     nats, tokens = 0.0, 0
     for text in (list('abc def\nabcd'), ['f', 'a', 'b', '<eos>', '<unk>', *' cafe f']):
         ids = [ALPHABET.index(c) for c in text]
@@ -173,7 +174,7 @@ def test_gen_ppl_with_a_hugging_face_teacher(gpt2):
             nats -= sum(logp[i, window[i + 1]].item() for i in range(len(window) - 1))
             tokens += len(window) - 1
     assert score(x) == pytest.approx((nats, tokens), rel=1e-5)
-    assert tokens == 2 * (7 + 3) and 'first token of each not scored' in rule
+    assert tokens == 2 * (7 + 3) and 'first token of each not scored' in says['gen_ppl_rule']
     assert score(x.repeat(5, 1)) == pytest.approx((5 * nats, 5 * tokens), rel=1e-5)  # more than a batch
 
 
@@ -181,8 +182,8 @@ def test_gen_ppl_with_a_hugging_face_teacher(gpt2):
 def test_gen_ppl_with_our_ar():
     teacher, tok = make('ar', 'out/a'), Char(CHARS, True)
     x = torch.randint(10, (5, L), generator=torch.Generator().manual_seed(0))
-    score, rule = eval.open_teacher('out/a', TINY, tok, torch.device('cpu'))
-    assert score(x) == pytest.approx((teacher.nll(x).sum().item(), 5 * L), rel=1e-5) and 'all tokens scored' in rule
+    score, says = eval.open_teacher('out/a', TINY, tok, torch.device('cpu'))
+    assert score(x) == pytest.approx((teacher.nll(x).sum().item(), 5 * L), rel=1e-5) and 'all tokens scored' in says['gen_ppl_rule']
     # another vocabulary: by way of the text, in windows of its block size, EOS becoming its EOS
     chars = CHARS[::-1] + 'xyz'
     other = make('ar', 'out/b', block_size=7, vocab_size=len(chars) + 1, tokenizer={'kind': 'char', 'chars': chars, 'eos': True})
@@ -217,8 +218,8 @@ def test_every_result_is_one_object_here_and_in_the_file(tmp_path, capsys):
     assert first['num_texts'] == (600 + 9 + 2) // L and first['val_ppl'] >= first['token_ppl'] and 'no bound' in first['token_ppl_is']
     assert [r['steps'] for r in rest] == [1, 4]
     for r in rest:
-        assert {'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'gflops', 'teacher', 'teacher_dtype', 'gen_ppl_rule', 'eos', 'num_samples', 'seed',
-                'step', 'dtype', 'strategy', 'latent_steps', 'sampler', 'temperature', 'top_p', 'batch_size', 'command', 'device'} <= r.keys()
+        assert {'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'gflops', 'teacher', 'teacher_weights', 'weights', 'teacher_dtype', 'gen_ppl_rule', 'eos', 'num_samples', 'seed',
+                'step', 'dtype', 'strategy', 'latent_steps', 'sampler', 'temperature', 'top_p', 'batch_size', 'command', 'device', 'cpu_seconds_per_sample'} <= r.keys()
         assert r['samples_per_s_per_gen_ppl'] == pytest.approx(1 / r['seconds_per_sample'] / r['gen_ppl'])
         x = sample.generate(checkpoint.load_method('out/d', 'cpu')[0], 6, r['steps'], 4, 0, strategy='seq')
         assert r['diversity'] == eval.diversity(x) and r['entropy_sample'] == eval.entropies(x)['entropy_sample']  # what it says repeats it
@@ -233,6 +234,56 @@ def test_samplers_for_which_steps_has_no_say(tmp_path, capsys):
     eval.main(['--out_dir=out/a', '--metrics=entropy', '--steps=1,2,4', *ARGS])
     eval.main(['--out_dir=out/m', '--metrics=entropy', '--steps=1,2,4', '--sampler=first_hitting', *ARGS])
     assert [r['steps'] for r in lines(capsys.readouterr().out)] == [None, L]
+
+
+def test_latent_steps_are_swept(capsys):
+    make('co', 'out/c')
+    eval.main(['--out_dir=out/c', '--metrics=entropy', '--strategy=seq', '--steps=1,2', '--latent_steps=3,5', *ARGS])
+    results = lines(capsys.readouterr().out)
+    assert [(r['latent_steps'], r['steps']) for r in results] == [(3, 1), (3, 2), (5, 1), (5, 2)]
+    assert results[2]['gflops'] - results[0]['gflops'] == pytest.approx(2 * (12 * 2 * 16**2 + 2 * 2**2 * 16) / 1e9)  # two calls over two latents
+
+
+def test_the_fingerprint_is_of_the_weights():
+    a, b = make('di'), make('di')
+    assert eval.fingerprint(a) == eval.fingerprint(b) and len(eval.fingerprint(a)) == 8
+    b.quantizer.counts[0] += 1
+    assert eval.fingerprint(a) != eval.fingerprint(b)
+
+
+class Line(torch.nn.Module):
+    """A latent space in which the tokens themselves are the coordinates, and token 3 is decoded wrongly."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def reconstruct(self, x):
+        return torch.where(x == 3, 4, x)
+
+    def interpolate(self, x_a, x_b, weights):
+        return torch.stack([((1 - w) * x_a + w * x_b).round().long() for w in weights])
+
+
+def test_reconstruction_and_smoothness(tmp_path, monkeypatch, capsys):
+    make('mdlm', 'out/l', dataset=prepare(tmp_path, 'set'))
+    teacher, config = make('ar', 'out/a'), checkpoint.load('out/l/ckpt.pt')['config']
+    monkeypatch.setattr(eval, 'load', lambda c, device: (Line(), {**config, 'step': 7}))
+    monkeypatch.setattr(eval, 'variants', lambda c, method: [{}])
+    capsys.readouterr()
+    eval.main(['--out_dir=out/l', '--metrics=smoothness,reconstruction', '--teacher=out/a', '--num_samples=50', '--batch_size=4', '--seed=1', '--device=cpu'])
+    first, second = lines(capsys.readouterr().out)
+    rows, n = eval.open_texts('', config, sample.open_tokenizer(config))
+    x = rows(torch.arange(n))
+    assert first['reconstruction'] == pytest.approx((x != 3).double().mean().item()) and first['num_texts'] == n
+    pairs = n // 2  # fewer than asked for
+    ends = torch.randperm(n, generator=torch.Generator().manual_seed(1))[:2 * pairs].view(2, pairs)
+    nll = [teacher.nll(((1 - w) * x[ends[0]] + w * x[ends[1]]).round().long()).mean().item() / L for w in torch.linspace(0, 1, 11)]
+    assert second['num_pairs'] == pairs and second['gen_ppl_path'] == pytest.approx([math.exp(v) for v in nll], rel=1e-4)
+    path = second['gen_ppl_path']
+    assert second['smoothness'] == pytest.approx(max(path) / ((path[0] + path[-1]) / 2)) and second['points'][5] == 0.5 and 'teacher_weights' in second
+    plot.main(['smoothness', 'out/l'])
+    assert f'{second["smoothness"]:.3f}' in capsys.readouterr().out and os.path.getsize('out/l/smoothness.png') > 1000
 
 
 def test_other_texts(tmp_path, monkeypatch, capsys):
@@ -293,6 +344,10 @@ def test_swd_is_sawtooths(capsys):
     (['--steps=0', '--metrics=entropy'], '--steps wants numbers'),
     (['--nll_draws=0'], 'nll_draws'),
     (['--strategy=seq'], "no strategy 'seq'"),
+    (['--latent_steps=8,9'], 'latent_steps works with'),
+    (['--latent_steps=x'], '--latent_steps wants numbers'),
+    (['--metrics=reconstruction'], 'mdlm has no autoencoder'),
+    (['--metrics=smoothness'], 'mdlm has no latent space'),
     (['--data=nowhere'], 'there is no prepared data'),
     (['--data=short.txt'], 'has 3 tokens'),
     (['--data=latin.txt'], 'not UTF-8'),
@@ -324,22 +379,115 @@ def write_results(folder, rows, **settings):
                                 **settings}) + '\n')
 
 
+def tables(text):
+    """What frontier prints -> {title: {row: [cells]}}, the columns under the title itself."""
+    found = {}
+    for block in text.strip().split('\n\n')[1:]:
+        rows = [line.split('  ') for line in block.splitlines()]
+        rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+        found[rows[0][0]] = {'columns' if i == 0 else row[0]: row[1:] for i, row in enumerate(rows)}
+    return found
+
+
 def test_frontier():
     write_results('a', [(40, 50.0), (10, 200.0), (20, 100.0)])
     write_results('b', [(30, 60.0), (15, 150.0), (30, 66.0)])  # measured again: the later one counts
-    table = io.StringIO()
-    plot.frontier(['a', 'b'], 'f.png', table)
-    rows = [line.split() for line in table.getvalue().splitlines()]
-    assert rows[:3] == [['[1]', 'a'], ['[2]', 'b'], ['GFLOPs', '[1]', '[2]']]
-    assert rows[3:] == [['10', '200.00', 'n/a'], ['15', '150.00', '150.00'], ['20', '100.00', '122.00'], ['30', '75.00', '66.00'], ['40', '50.00', 'n/a']]
+    out = io.StringIO()
+    plot.frontier(plot.measured(['a', 'b/']), 'f.png', out)
+    assert out.getvalue().startswith('[1] a\n[2] b\n\n')
+    found = tables(out.getvalue())
+    assert found['gen_ppl at gflops'] == {'columns': ['10', '20', '40'], '[1]': ['200', '100', '50'], '[2]': ['n/a', '122', 'n/a']}
+    assert found['entropy_sample at gflops']['[2]'] == ['n/a', '4.4', 'n/a'] and 'diversity at gflops' not in found
     assert os.path.getsize('f.png') > 1000
+    out = io.StringIO()
+    plot.frontier(plot.measured(['a', 'b']), 'f.png', out, **plot.frontier_options(gflops='15,30'))
+    assert tables(out.getvalue())['gen_ppl at gflops'] == {'columns': ['15', '30'], '[1]': ['150', '75'], '[2]': ['150', '66']}
+
+
+def test_steps_are_not_interpolated():
+    write_results('a', [(10, 200.0)], steps=1)
+    write_results('a', [(30, 100.0)], steps=3)
+    write_results('b', [(20, 150.0)], steps=2)
+    out = io.StringIO()
+    plot.frontier(plot.measured(['a', 'b']), 'f.png', out)
+    assert tables(out.getvalue())['gen_ppl at steps'] == {'columns': ['1', '2', '3'], '[1]': ['200', 'n/a', '100'], '[2]': ['n/a', '150', 'n/a']}
+
+
+def test_seeds_are_one_curve():
+    write_results('a', [(10, 200.0), (20, 100.0)], step=5)
+    write_results('a_seed1', [(10, 220.0), (20, 110.0), (30, 50.0)], step=5)
+    write_results('a_seed2', [(10, 999.0)], step=4)  # not yet trained to the end
+    found = plot.curves(plot.measured(['a', 'a_seed1', 'a_seed2']))
+    assert {k: len(v) for k, v in found.items()} == {'a, step 5 (2 seeds)': 2, 'a, step 4': 1}
+    runs = found['a, step 5 (2 seeds)']
+    assert plot.over_runs(runs, 'gflops', 10, 'gen_ppl') == pytest.approx((210, 200**0.5))
+    assert plot.over_runs(runs, 'gflops', 15, 'gen_ppl')[0] == pytest.approx(157.5)
+    mean, deviation = plot.over_runs(runs, 'gflops', 30, 'gen_ppl')
+    assert mean == 50 and math.isnan(deviation)
+    out = io.StringIO()
+    plot.frontier(plot.measured(['a', 'a_seed1']), 'f.png', out)
+    assert tables(out.getvalue())['gen_ppl at gflops']['[1]'] == ['210±14', '105±7.1', '50']
 
 
 def test_other_settings_are_another_curve():
     write_results('a', [(10, 200.0)], strategy='joint', temperature=1.0)
     write_results('a', [(10, 100.0), (20, 50.0)], strategy='seq', temperature=1.0)
-    found = plot.curves(['a'])
-    assert {k: len(v) for k, v in found.items()} == {'a, strategy joint': 1, 'a, strategy seq': 2}
+    found = plot.curves(plot.measured(['a']))
+    assert {k: [len(run) for run in runs] for k, runs in found.items()} == {'a, strategy joint': [1], 'a, strategy seq': [2]}
+
+
+@pytest.mark.parametrize('name, L, layers, hidden', [('lm1b', 128, 13, 1024), ('owt', 512, 13, 1024)])
+def test_the_papers_tables(name, L, layers, hidden):
+    paper = plot.frontier_options(name)['paper']
+    for row in paper['rows'].values():
+        assert len(row['gen_ppl']) == len(row['entropy']) == len(paper['gflops'])
+    assert paper['rows']['MDLM']['gflops_per_call'] == round(layers * (12 * L * hidden**2 + 2 * L**2 * hidden) / 1e9, 2)
+    for label, row in paper['rows'].items():
+        if label != 'MDLM':
+            S = L + int(label.split('-')[2].split()[0])
+            assert row['gflops_per_call'] == round(12 * (12 * S * 768**2 + 2 * S**2 * 768) / 1e9, 2)
+    write_results('a', [(40, 50.0), (100, 20.0)])
+    out = io.StringIO()
+    plot.frontier(plot.measured(['a']), 'f.png', out, paper=paper)
+    found = tables(out.getvalue())
+    assert 'MDLM' not in found['gen_ppl at gflops'] and len(found['entropy at gflops, the paper']) == 8
+
+
+def test_frontier_measures_what_is_missing(monkeypatch, capsys):
+    make('ar', 'out/a')
+    make('mdlm', 'out/m')
+    make('di', 'out/d')
+    args = ['--teacher=out/a', '--num_samples=6', '--batch_size=4', '--device=cpu']
+    frontier.main(['out/m', 'out/d', 'out/a', '--steps=1,2', *args, '--results=all.jsonl'])
+    out = capsys.readouterr().out
+    assert len(lines(out)) == 2 + 4 + 1 and os.path.getsize('out/m/frontier.png') > 1000
+    assert '[1] out/m\n' in out and '[3] out/d, strategy seq, latent_steps 8\n' in out and len(lines(open('all.jsonl').read())) == 7
+    frontier.main(['out/m', 'out/d', '--steps=1,2,4', '--strategies=joint', *args, '--save=f.png'])  # a longer sweep
+    new = lines(capsys.readouterr().out)
+    assert [(r['model'], r['steps']) for r in new] == [('out/m', 4), ('out/d', 4)] and os.path.exists('f.png')
+    make('mdlm', 'out/m_seed1', hidden=32)
+    frontier.main(['out/m_seed1', 'all.jsonl', '--steps=1,2', *args])  # a seed added later, beside runs that may be gone
+    out = capsys.readouterr().out
+    assert len(lines(out)) == 2 and '[1] out/m (2 seeds)' in out
+    make('mdlm', 'out/m', schedule='polynomial', num_layers=2)  # trained anew: the old results are of other weights
+    frontier.main(['out/m', '--steps=2', *args])
+    assert len(lines(capsys.readouterr().out)) == 1
+    make('ar', 'out/a', num_layers=2)  # another teacher
+    frontier.main(['out/m', '--steps=2', *args])
+    assert len(lines(capsys.readouterr().out)) == 1
+    monkeypatch.setattr(eval, 'main', lambda argv: pytest.fail('measured again'))
+    frontier.main(['out/m', '--steps=2', *args, '--time=cpu'])
+
+
+@pytest.mark.parametrize('argv, match', [([], 'which runs'), (['out/none'], 'holds no checkpoint'), (['out/m', '--strategies=seq'], 'none of the strategies'),
+                                         (['out/m', '--teacher=out/m'], 'bounds a likelihood'), (['out/m', '--steps=0'], '--steps wants'),
+                                         (['out/m', '--paper=ptb'], 'lm1b and owt'), (['out/m', '--time=late'], 'wall or cpu'),
+                                         (['out/m', '--gflops=few'], '--gflops wants'), (['out/m', '--results=x'], '.jsonl'),
+                                         (['none.jsonl', '--teacher=out/a'], 'no Gen PPL yet'), (['out/m', '--num_samples=0'], 'at least 1')])
+def test_mistakes_at_the_frontier(argv, match, monkeypatch, capsys):
+    make('mdlm', 'out/m')
+    make('ar', 'out/a')
+    assert match in fails(frontier, monkeypatch, capsys, *argv, '--device=cpu', *([] if '--teacher=out/m' in argv else ['--teacher=out/a']))
 
 
 def test_loss_curves(capsys):
