@@ -88,7 +88,8 @@ def measured(names):
     for name in names:
         found = [r for r in read(name, 'eval.jsonl') if r.get('gen_ppl') is not None]
         if not found:
-            raise UserError(f'{name} holds no Gen PPL yet: python eval.py --out_dir={name} --metrics=gen_ppl --steps=1,2,4,8,16,32')
+            raise UserError(f'{name} holds no Gen PPL' + ('' if name.endswith('.jsonl') else
+                            f' yet: python eval.py --out_dir={name} --metrics=gen_ppl --steps=1,2,4,8,16,32'))
         results += found if name.endswith('.jsonl') else [{**r, 'model': os.path.normpath(name)} for r in found]  # it may have been renamed
     return results
 
@@ -130,7 +131,7 @@ def over_runs(runs, axis, x, key):
 def written(mean, deviation=np.nan):
     if np.isnan(mean):
         return 'n/a'
-    return (f'{mean:.4g}' if mean < 1e4 else f'{mean:.0f}') + ('' if np.isnan(deviation) else f'±{deviation:.2g}')
+    return (f'{mean:.4g}' if mean < 1e4 else f'{mean:.0f}') + (f'±{deviation:.2g}' if deviation > 1e-9 * mean else '')
 
 
 def print_table(title, columns, rows, out):
@@ -189,13 +190,13 @@ def frontier(results, path, out, paper=None, budgets=None, seconds='seconds_per_
     if paper:  # in grey, by GFLOPs only: its seconds are another machine's, and its teacher may be another than ours
         print(f'the paper, tables {paper["tables"]}: {paper["source"]}', *([paper['also']] if paper['also'] else []), sep='\n', file=out)
         for key in ('gen_ppl', 'entropy'):
-            rows = {name: [np.nan if v is None else v for v in row[key]] for name, row in paper['rows'].items()}
-            print_table(f'{key} at gflops, the paper', paper['gflops'], [[name, *map(written, row)] for name, row in rows.items()], out)
-            for marker, (name, row) in zip('x+1234*', rows.items()):
-                axes[int(key == 'entropy'), 0].plot(paper['gflops'], row, '--', marker=marker, linewidth=0.7, markersize=5, color='0.6',
-                                                    label=f'the paper: {name}' if key == 'gen_ppl' else None)
-    axes[0, 0].legend(fontsize='x-small')
-    axes[1, 0].legend(fontsize='x-small')
+            rows = [[name, *('n/a' if v is None else f'{v:g}' for v in row[key])] for name, row in paper['rows'].items()]
+            print_table(f'{key} at gflops, the paper', paper['gflops'], rows, out)
+            for marker, (name, row) in zip('x+1234*', paper['rows'].items()):
+                axes[int(key == 'entropy'), 0].plot(paper['gflops'], [np.nan if v is None else v for v in row[key]], '--', marker=marker, linewidth=0.7,
+                                                    markersize=5, color='0.6', label=f'the paper: {name}' if key == 'gen_ppl' else None)
+    for left, right in axes:  # labels outside, where they cover nothing
+        right.legend(*left.get_legend_handles_labels(), fontsize='x-small', loc='upper left', bbox_to_anchor=(1, 1))
     save(figure, path)
 
 

@@ -286,6 +286,18 @@ def test_reconstruction_and_smoothness(tmp_path, monkeypatch, capsys):
     assert f'{second["smoothness"]:.3f}' in capsys.readouterr().out and os.path.getsize('out/l/smoothness.png') > 1000
 
 
+def test_ldlm(tmp_path, capsys):
+    method = make('ldlm', 'out/l', dataset=prepare(tmp_path, 'set'))
+    make('ar', 'out/a')
+    capsys.readouterr()
+    eval.main(['--out_dir=out/l', '--metrics=reconstruction,smoothness,gen_ppl', '--steps=2,4', '--sampler=ddim', '--teacher=out/a', *ARGS])
+    first, path, *samples = lines(capsys.readouterr().out)
+    assert 0 <= first['reconstruction'] <= 1 and len(path['gen_ppl_path']) == len(path['entropy_sample_path']) == len(path['points']) == 11
+    assert [r['steps'] for r in samples] == [2, 4] and samples[1]['gflops'] == 4 * method.flops(L) / 1e9
+    with pytest.raises(UserError, match='ldlm has no likelihood'):
+        eval.main(['--out_dir=out/l', *ARGS])
+
+
 def test_other_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, 'DATA', str(tmp_path))
     monkeypatch.setattr(sample, 'DATA', str(tmp_path))
@@ -483,7 +495,7 @@ def test_frontier_measures_what_is_missing(monkeypatch, capsys):
                                          (['out/m', '--teacher=out/m'], 'bounds a likelihood'), (['out/m', '--steps=0'], '--steps wants'),
                                          (['out/m', '--paper=ptb'], 'lm1b and owt'), (['out/m', '--time=late'], 'wall or cpu'),
                                          (['out/m', '--gflops=few'], '--gflops wants'), (['out/m', '--results=x'], '.jsonl'),
-                                         (['none.jsonl', '--teacher=out/a'], 'no Gen PPL yet'), (['out/m', '--num_samples=0'], 'at least 1')])
+                                         (['none.jsonl', '--teacher=out/a'], 'none.jsonl holds no Gen PPL'), (['out/m', '--num_samples=0'], 'at least 1')])
 def test_mistakes_at_the_frontier(argv, match, monkeypatch, capsys):
     make('mdlm', 'out/m')
     make('ar', 'out/a')

@@ -18,7 +18,8 @@ L, CHARS = 12, '\n abcdefg'
 TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', wrap=False,
             tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
 METHODS = {'mdlm': {}, 'ar': {}, 'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
-           'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4, codebook_size=5)}
+           'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4, codebook_size=5),
+           'ldlm': dict(token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1, decoder_layers=1, adaptive_bins=4)}
 
 
 def make(name, folder=None, **changes):
@@ -164,11 +165,13 @@ def test_published_weights(monkeypatch, capsys):
     (['--out_dir=out/m', '--start=' + 'a' * 50], 'more than the 12'),
     (['--out_dir=out/a', '--start=a[MASK:2]b', '--save=x.npy'], 'fills no gap'),
     (['--out_dir=out/a', '--sampler=remdm'], 'AR has no sampler'),
+    (['--out_dir=out/l', '--start=abc'], 'LDLM takes no prompt'),
+    (['--out_dir=out/l', '--top_p=.9'], 'not with LDLM'),
     (['--out_dir=out/m', '--save=x.txt'], 'ends with .npy'),
     (['--out_dir=out/m', '--save=nowhere/x.npy'], 'cannot write nowhere/x.npy'),
 ])
 def test_mistakes(argv, match, monkeypatch, capsys):
-    for name in ('mdlm', 'ar', 'di'):
+    for name in ('mdlm', 'ar', 'di', 'ldlm'):
         make(name, 'out/' + name[0])
     assert match in fails(sample, monkeypatch, capsys, *argv, *([] if '--device=abacus' in argv else ['--device=cpu']))
 
@@ -222,6 +225,12 @@ def test_show_cuts_at_the_edge_of_the_screen():
     chars = [('', c) for c in 'abcd\nefghijk']
     assert ''.join(c for _, c in sample.fit_screen(chars, columns=4, lines=2)) == 'abcd\nefgh'
     assert sample.fit_screen(chars, columns=4, lines=3) == chars
+
+
+def test_show_where_nothing_is_masked(capsys):
+    make('ldlm', 'out/l')
+    sample.main(['--out_dir=out/l', '--num_samples=1', '--steps=4', '--show', '--sampler=ddim', '--device=cpu'])
+    assert capsys.readouterr().out.count('--- step ') == 3
 
 
 def test_show_from_the_command_line(capsys):
