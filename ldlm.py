@@ -86,15 +86,16 @@ def ddim(denoise, z, steps, d=3.0, callback=None):
 class AdaptiveTimes(nn.Module):
     """Times from bins of equal width, drawn with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
 
-    The loss at an edge is a running mean, kept as two sums that both forget at the same rate: so edges that are seldom visited need no
-    initial value. A text's loss is split linearly between the two edges around its t [choice]. All of it lives in buffers.
+    Each bin has a running mean of its losses, kept as two sums that forget at the same rate: so a bin that is seldom visited needs no
+    initial value. The loss at an edge is the mean of its two bins' [choice; the paper says running means at the edges, not how a loss gets
+    there]. Splitting each loss between the two nearest edges would bias every edge towards the side with more draws. All of it lives in buffers.
     """
 
     def __init__(self, bins, memory, floor):
         super().__init__()
         self.bins, self.memory, self.floor = bins, memory, floor
         self.register_buffer('p', torch.full((bins,), 1 / bins))
-        self.register_buffer('edges', torch.zeros(2, bins + 1))  # sum of weights * losses, sum of weights
+        self.register_buffer('sums', torch.zeros(2, bins))  # of losses, of how many
 
     def draw(self, noise):
         """t (b,): bin i with probability p_i, then uniform in it; one stratified u through the inverse distribution function does both."""
@@ -105,32 +106,31 @@ class AdaptiveTimes(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def track(self, t, losses):
-        """Adds t and losses (b,) of a micro-batch, of all processes: so their sums stay equal, and `forget` comes once per step."""
-        left = (t * self.bins).long().clamp(max=self.bins - 1)
-        share = t * self.bins - left
-        new = torch.zeros_like(self.edges)
-        for edge, weight in ((left, 1 - share), (left + 1, share)):
-            new.index_add_(1, edge, torch.stack((weight * losses, weight)))
+        """Adds the losses (b,) at times t of a micro-batch, of all processes: so their sums stay equal, and `forget` comes once per step."""
+        bins = (t * self.bins).long().clamp(max=self.bins - 1)
+        new = torch.zeros_like(self.sums).index_add_(1, bins, torch.stack((losses, torch.ones_like(losses))))
         if dist.is_initialized():
             dist.all_reduce(new)
-        self.edges += new
+        self.sums += new
 
     def forget(self):
-        self.edges *= self.memory
+        self.sums *= self.memory
 
     def refresh(self):
-        """New probabilities, once every edge has been seen."""
-        loss, weight = self.edges
-        if (weight > 0).all():
-            rise = (loss / weight).diff()
+        """New probabilities, once every bin has been seen."""
+        loss, count = self.sums
+        if (count > 0).all():
+            mean = loss / count
+            ends = 1.5 * mean[[0, -1]] - 0.5 * mean[[1, -2]]  # continued to t = 0 and t = 1 as straight lines
+            rise = torch.cat((ends[:1], (mean[:-1] + mean[1:]) / 2, ends[1:])).diff()
             # a bin without rise is still visited, or its loss would never be seen to rise again [choice; second-hand: 1e-6, which starves bins]
             rise = rise.clamp(min=self.floor * rise.clamp(min=0).mean() + 1e-12)
             self.p.copy_(rise / rise.sum())
 
     def by_quarter(self):
         """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""
-        loss, weight = (torch.stack([part.sum() for part in row.tensor_split(4)]) for row in self.edges)
-        return loss / weight.clamp(min=1e-12)
+        loss, count = (torch.stack([part.sum() for part in row.tensor_split(4)]) for row in self.sums)
+        return loss / count.clamp(min=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -190,6 +190,9 @@ class Transformer(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the method
+
+STATE_TOKENS = 2**16  # of training text, whose states give their mean and variance [choice; paper: the data set's]
+
 
 @dataclass
 class Config:
@@ -327,7 +330,7 @@ class LDLM(nn.Module):
             self.times.refresh()
         if step == 0 and c.token_encoder != 'scratch' and not self.state_std.any():
             total = torch.zeros(3, c.latent_dim, dtype=wide(self.state_std.device), device=self.state_std.device)
-            for x in draw_rows(math.ceil(2**16 / c.block_size)).split(16):  # 65,536 tokens: the same ones on every process
+            for x in draw_rows(math.ceil(STATE_TOKENS / c.block_size)).split(16):  # the same ones on every process
                 h = self.raw_states(x).flatten(0, 1).to(total.dtype)
                 total += torch.stack((h.sum(dim=0), h.square().sum(dim=0), torch.full_like(h[0], len(h))))
             mean, square = total[:2] / total[2]

@@ -7,7 +7,7 @@ shakespeare_char_mdlm.py, batches and texts are the same.
     python train.py config/shakespeare_char_ldlm.py
     python sample.py --out_dir=out/shakespeare_char_ldlm --steps=128 [--sampler=ddim]
 
-The recipe, one part at a time (give each an --out_dir of its own):
+The recipe, one part at a time (each wants an out_dir of its own):
     reconstruction (table 1)      --reconstruction=ce                  or both; then the token loss shapes the latents, too
     warmup (without adaptive t)   --adaptive_t=False --encoder_warmup=0
     times                         --adaptive_t=False
@@ -40,13 +40,13 @@ num_layers = 4
 num_heads = 3
 cond_dim = 32
 
-encoder_warmup = 1000    # like the lengths below, scaled to a run of 7,000 small steps
+encoder_warmup = 1000    # like the lengths below, scaled to a run of 6,000 small steps
 adaptive_bins = 20       # 16 texts a step tell little about 100 of them
 adaptive_memory = 0.998
 adaptive_every = 250
 
 batch_size = 16
-max_iters = 7000
+max_iters = 6000
 learning_rate = 1e-3
 warmup_iters = 100
 decay_lr = 'linear'
@@ -54,3 +54,4 @@ beta2 = 0.98
 weight_decay = 0.01
 ema = 0.999
 eval_interval = 1000
+compile = True  # without a C++ compiler: --compile=False
