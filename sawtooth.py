@@ -146,6 +146,22 @@ def token_losses(method, n, batch=256):
     return records
 
 
+def bayes_gap(method, n=2048):
+    """KL from Bayes to an MDLM network, nats per masked token, with half of the tokens visible: of data, and of fair coins. -> records
+
+    Likelihood training asks for the first only. The second is what a sampler of two steps shows the network: its first step sees nothing.
+    """
+    device, exact = method.head.weight.device, Exact()
+    noise, records = Noise(0, 0, torch.arange(n), n), []
+    for kind, x in ('data', Sawtooth('gap').rows(torch.arange(n))), ('coins', (noise.uniform('coins', L) < 0.5).long()):
+        x_t = torch.where(noise.uniform('visible', L) < 0.5, x, 2)
+        p = exact.denoise(x_t, x_t == 2).log_softmax(dim=-1)
+        q = torch.cat([method.denoise(part, part == 2) for part in x_t.to(device).split(128)]).cpu().float().log_softmax(dim=-1)
+        wave = {name: (v.exp()[:, 1] - 0.5).abs().mean().item() for name, v in (('network', q), ('bayes', p))}
+        records.append(dict(visible=kind, n=n, kl=(p.exp() * (p - q)).sum(dim=-1).mean().item(), **wave))
+    return records
+
+
 def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from a perfect network: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (latent 1 - t^2) or 'seq'."""
     from ladd import code_step, joint
@@ -198,6 +214,12 @@ def print_tables(records):
             what, key = 'MDLM', 'MDLM'
         best = '0.5303' if name == 'MDLM' else '     -'
         print(f'  {what.replace("clean", "clean latent"):50s} {mean(values):.4f}   {best}   {PAPER[key]:.4f}')
+    gaps = [r for r in records if 'kl' in r]
+    if gaps:
+        print('\nMDLM against Bayes, half of the tokens visible            KL      mean |p - 1/2|: network, Bayes')
+        for kind in ('data', 'coins'):
+            means = [mean([r[key] for r in gaps if r['visible'] == kind]) for key in ('kl', 'network', 'bayes')]
+            print(f'  {"of a text" if kind == "data" else "fair coins":50s} {means[0]:.4f}   {means[1]:.3f}, {means[2]:.3f}')
     table, floor = curves(records), [r for r in records if r['name'] == 'data']
     steps = sorted({T for curve in table.values() for T in curve})
     print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {mean([r["swd"] for r in floor]):.4f}')
@@ -271,7 +293,7 @@ def main(argv):
         if out_dir.endswith('.jsonl'):  # results of runs whose checkpoints are gone
             if not os.path.exists(out_dir):
                 raise UserError(f'there is no file {out_dir}')
-            records += [r for r in map(json.loads, open(out_dir)) if r['n'] == n]
+            records += [r for r in map(json.loads, open(out_dir)) if r['n'] == n or 'kl' in r]
             continue
         method, checkpoint = load_method(out_dir, c['device'])
         if checkpoint['config']['dataset'] != 'sawtooth':
@@ -281,7 +303,7 @@ def main(argv):
         common = dict(name=label(method.config), out_dir=out_dir, step=checkpoint['step'], seed=checkpoint['config']['seed'])
         path = os.path.join(out_dir, 'sawtooth.jsonl')  # measured once: sampling is what takes long
         known = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
-        known = [r for r in known if r['step'] == checkpoint['step'] and r['n'] == n]
+        known = [r for r in known if r['step'] == checkpoint['step'] and (r['n'] == n or 'kl' in r)]
 
         def keep(record):
             known.append({**common, **record})
@@ -291,6 +313,9 @@ def main(argv):
         with torch.autocast(c['device'], torch.bfloat16, enabled=checkpoint['config']['dtype'] == 'bfloat16'):
             if not any('token_loss' in r for r in known):
                 for r in token_losses(method, n):
+                    keep(r)
+            if len(method.strategies) == 1 and not any('kl' in r for r in known):
+                for r in bayes_gap(method):
                     keep(r)
             for strategy in method.strategies:
                 for T in steps if strategy == 'joint' else [T for T in steps if T <= 8]:  # seq does not change after that

@@ -11,6 +11,7 @@ masks are functions of (seed, step, global row), see noise.py. Stop it with Ctrl
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,7 +42,7 @@ defaults = dict(
     # the machine
     device='auto',             # auto | cpu | cuda | mps
     dtype='bfloat16',          # of the matrix products (autocast): bfloat16 | float32; weights and moments stay float32
-    compile=False,             # torch.compile the forward pass
+    compile=False,             # torch.compile the forward pass; on a CPU it needs a C++ compiler and takes a minute
     batch_size=64,             # sequences per step, over all processes
     micro_batch=0,             # sequences per forward pass of one process; 0: all of its share, otherwise gradients are accumulated
     # the optimizer: AdamW
@@ -143,7 +144,8 @@ def averaged(method, params, ema):
     swap()
     method.eval()
     try:
-        yield
+        with torch.compiler.set_stance('force_eager'):  # not worth compiling another time
+            yield
     finally:
         swap()
         method.train()
@@ -234,6 +236,8 @@ def main(argv):
     c = SimpleNamespace(**config)
     check(c, world)
     device = pick_device(c.device)
+    if c.compile and device.type == 'cpu' and not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
+        raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, or train without: --compile=False')
     ours = os.path.exists(os.path.join(c.init_from, 'ckpt.pt'))
     published = '/' in c.init_from and not ours  # weights of others, and so their shape
     if published:
@@ -291,8 +295,9 @@ def main(argv):
         optimizer.load_state_dict({'state': checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
         torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name in names])
         checkpoint = None  # it is four times as large as the weights
-    if c.compile:
-        method.compile()  # in place: the names in the state dict stay as they are
+    if c.compile:  # in place: the names in the state dict stay as they are
+        for module in [method] if device.type == 'cuda' else [m for m in method.modules() if isinstance(m, DiT)]:
+            module.compile()  # elsewhere the head keeps out: its number of rows changes from step to step
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     if world > 1:
         connect('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')

@@ -5,6 +5,8 @@ Statistical bounds are 4.5 standard errors; of SWD, 4 of the standard deviations
 """
 import functools
 import os
+from math import log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import train
 from configurator import UserError
 from ladd import code_step, joint
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
-from sawtooth import Exact, Sawtooth, bias, swd
+from sawtooth import Exact, Sawtooth, bayes_gap, bias, swd
 from test_mdlm import generator, whole
 
 N = 20480
@@ -206,6 +208,18 @@ def test_first_hitting_equals_ancestral_in_law():
         assert abs(float(nll.mean()) - 0.5303) < 4.5 * float(nll.std()) / n**0.5 + remaining
 
 
+def test_the_gap_to_bayes():
+    """None for Bayes himself. A network that always says 1/2 misses log 2 - H, and has flat waves."""
+    head, exact = torch.nn.Linear(1, 1), Exact()
+    for r in bayes_gap(SimpleNamespace(head=head, denoise=exact.denoise), 128):
+        assert abs(r['kl']) < 1e-6 and r['network'] == pytest.approx(r['bayes'], rel=1e-5)
+    coin = bayes_gap(SimpleNamespace(head=head, denoise=lambda x_t, where: torch.zeros(int(where.sum()), 2)), 128)
+    assert [r['visible'] for r in coin] == ['data', 'coins'] and all(r['network'] == 0 for r in coin)
+    for r in coin:  # KL(p || 1/2) for a |p - 1/2| that varies is at least that of its mean (Jensen)
+        d = r['bayes']
+        assert log(2) > r['kl'] >= log(2) + (0.5 + d) * log(0.5 + d) + (0.5 - d) * log(0.5 - d) > 0.05
+
+
 # --- the command line -------------------------------------------------------------------------------------------------------------
 
 def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
@@ -220,7 +234,7 @@ def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
         sawtooth.main(['out/m', 'out/d', '--num_samples=256', '--steps=1,2', '--save=out/fig'])
         out = capsys.readouterr().out
         assert all(text in out for text in ('Di-LADD, clean latent', 'Di-LADD joint', 'exact joint ahead', 'data against data'))
-    assert len(open('out/m/sawtooth.jsonl').readlines()) == 3 and len(open('out/d/sawtooth.jsonl').readlines()) == 6
+    assert len(open('out/m/sawtooth.jsonl').readlines()) == 5 and len(open('out/d/sawtooth.jsonl').readlines()) == 6
     assert os.path.exists('out/fig.png') and os.path.exists('out/fig_samples.png')
     sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
     assert 'Di-LADD seq' in capsys.readouterr().out
