@@ -281,6 +281,8 @@ class LADD(mdlm.MDLM):
             raise ValueError('stored_latents=True wants a frozen encoder: encoder=NAME')
         if c.stored_latents and c.encoder_dropout:
             raise ValueError('encoder_dropout blanks what the tokens\' mask hides, at every step anew: stored_latents=True wants encoder_dropout=False')
+        if self.discrete and c.vq_start and c.vq_start >= c.stage1_iters:
+            raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than stage1_iters={c.stage1_iters}')
         self.stage, self.quantising = 2, True  # begin_step sets them while training
         self.encoder = FrozenEncoder(c) if c.encoder else Encoder(c)
         self.z_in = nn.Linear(c.latent_dim, c.hidden)

@@ -217,6 +217,28 @@ def test_codebook_survives_a_dead_code_storm():
     assert q.perplexity() > 12 and len(q.nearest(unit(1000, 4, seed=9)).unique()) > 12
 
 
+def test_many_vectors_at_a_time_or_few():
+    """The limit on what meets the codebook at once changes no code, and sums only in their last bits."""
+    def fit(at_once):
+        torch.manual_seed(0)
+        q = Quantizer(16, 4)
+        q.at_once = at_once
+        q.kmeans(unit(500, 4), 100, whole(50))
+        return q, *q(unit(30, 2, 4, seed=1), whole(30))[:2]
+    (many, straight, codes), (few, straight_few, codes_few) = fit(4096), fit(7)
+    assert torch.equal(codes, codes_few) and codes.shape == (30, 2)
+    torch.testing.assert_close(straight, straight_few)
+    for a, b in zip(many.state_dict().values(), few.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_usage_is_the_share_of_codes_above_the_threshold():
+    q = Quantizer(8, 4)
+    assert float(q.usage()) == 0
+    q.counts[:3] = 2.5
+    assert float(q.usage()) == 3 / 8
+
+
 def test_perplexity_counts_the_codes_in_use():
     q = Quantizer(8, 4)
     q.counts[:] = torch.tensor([3.0, 3, 3, 3, 0, 0, 0, 0])
@@ -352,6 +374,18 @@ def test_begin_step_switches_by_itself():
     assert vectors.shape == (80, 4) and per_batch == 32  # 16 for each of 5 codes; 16 texts of 2 latents
 
 
+def test_the_codebook_may_start_from_stored_latents():
+    """k-means takes what comes with the rows, and asks no encoder: there is none of that name."""
+    stored = torch.randn(40, 2, 4, generator=generator())
+    model = make('discrete', encoder='frozen', stored_latents=True, stage1_iters=4)
+    calls = spy(model.quantizer, 'kmeans')
+    model.begin_step(0, lambda n: (texts(n), stored[:n]), whole(16))
+    torch.testing.assert_close(calls[0][0][0], F.normalize(stored, dim=-1).flatten(0, 1))
+    loss, _ = model(texts(16), whole(16), stored[:16])
+    loss.backward()
+    assert model.z_in.weight.grad.abs().sum() > 0
+
+
 def test_loss_is_the_weighted_sum_of_its_parts():
     for latent, latent_layers in itertools.product(('continuous', 'discrete'), (0, 1)):
         model = make(latent, latent_layers=latent_layers, lambda_x=0.7, lambda_z=0.3)
@@ -363,18 +397,20 @@ def test_loss_is_the_weighted_sum_of_its_parts():
 
 # --- dropping information ---------------------------------------------------------------------------------------------------------
 
-def test_p_drop_blanks_exactly_those_sequences():
-    """z_t = 0 and no latent loss for the dropped ones, z_t as ever and the full loss for the others."""
-    model = make(p_drop=0.4, latent_layers=1)
-    inputs, encoded = spy(model, 'hidden_states'), spy(model, 'encode')
+@pytest.mark.parametrize('encoder', ['', 'frozen'])
+def test_p_drop_blanks_exactly_those_sequences(encoder):
+    """z_t = 0 and no latent loss for the dropped ones, z_t as ever and the full loss for the others; stored latents or encoded ones."""
+    model = make(p_drop=0.4, latent_layers=1, encoder=encoder)
+    inputs, encoded, noised = spy(model, 'hidden_states'), spy(model, 'encode'), spy(model, 'corrupt_latent')
     predictions = []
     for head in (model.z_head, model.latent_head):
         head.register_forward_hook(lambda m, args, out: (out.retain_grad(), predictions.append(out))[1] and None)
-    loss, logs = model(texts(200), whole(200))
+    loss, logs = model(texts(200), whole(200), torch.randn(200, 2, 4, generator=generator()) if encoder else None)
     loss.backward()
     drop = whole(200).uniform('drop') < 0.4
     assert 50 < drop.sum() < 110
     z_t, z_0 = inputs[0][0][1], encoded[0][1]
+    assert torch.equal(z_t[~drop], noised[0][1][~drop])
     assert torch.equal((z_t == 0).all(dim=(1, 2)), drop) and torch.equal((z_t == 0).any(dim=2).any(dim=1), drop)
     for prediction, key in zip(predictions, ('latent_loss', 'seq_latent_loss')):
         assert torch.equal(prediction.grad.abs().sum(dim=(1, 2)) == 0, drop)
