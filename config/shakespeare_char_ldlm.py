@@ -40,9 +40,9 @@ num_layers = 4
 num_heads = 3
 cond_dim = 32
 
-encoder_warmup = 1000    # like the lengths below, scaled to a run of 6,000 small steps
+encoder_warmup = 1500    # like the lengths below, scaled to a run of 6,000 small steps
 adaptive_bins = 20       # 16 texts a step tell little about 100 of them
-adaptive_memory = 0.998
+adaptive_memory = 0.995
 adaptive_every = 250
 
 batch_size = 16
