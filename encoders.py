@@ -40,7 +40,8 @@ class HubEncoder:
         around = self.tokenizer.tok('a')['input_ids']
         a = self.tokenizer.encode('a')
         at = next(i for i in range(len(around)) if around[i:i + len(a)] == a)
-        self.before, self.after = around[:at], around[at + len(a):] or [self.tokenizer.eos_id]
+        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]  # a model without any is read at its last token
+        self.before, self.after = around[:at], around[at + len(a):] or eos
         config = self.model.config
         self.width, self.num_ids = config.hidden_size, self.model.get_input_embeddings().num_embeddings
         self.max_tokens = getattr(config, 'max_position_embeddings', math.inf) - len(self.before) - len(self.after)

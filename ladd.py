@@ -209,7 +209,8 @@ class Config(mdlm.Config):
     encoder: str = ''  # '': learned | hub id, folder or out/NAME of an AR checkpoint: pretrained and frozen, see encoders.py
     stored_latents: bool = False  # train on what the frozen encoder said once and data/encode.py stored
     encoder_layers: int = 2  # of the learned encoder, a DiT of the same width
-    unit_norm: bool = True  # scale each continuous latent to length 1, LADD eq. (75)
+    unit_norm: bool = True  # scale each continuous latent to length 1, LADD eq. (75),
+    latent_length: float = 1.0  # or to this one: sqrt(D) makes the variance of a coordinate 1, as the noise's is (our experiment)
     latent_layers: int = 0  # > 0: a latent denoiser of its own for sequential sampling; 0: the MM-DiT with all tokens masked
     lambda_x: float = 1.0
     lambda_z: float = 1.0
@@ -311,7 +312,9 @@ class LADD(mdlm.MDLM):
     def encode(self, x, blank=None, stored=None):
         """x (b, L) -> continuous latents before any quantizer, (b, M, D) fp32. stored: what the frozen encoder once said of x, (b, M, D)."""
         z = self.encoder(x, blank).float() if stored is None else stored
-        return F.normalize(z, dim=-1) if self.discrete or self.config.unit_norm else z
+        if self.discrete:
+            return F.normalize(z, dim=-1)
+        return self.config.latent_length * F.normalize(z, dim=-1) if self.config.unit_norm else z
 
     def corrupt_latent(self, z_0, t, noise):
         """q(z_t | z_0): vectors (b, M, D), or codes (b, M) that turn into [mask] = K; t (b,)."""

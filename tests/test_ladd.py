@@ -445,7 +445,8 @@ def test_encoder_does_not_see_blanked_positions():
 def test_latents_have_unit_norm_on_demand():
     x = texts(8)
     torch.testing.assert_close(make().encode(x).norm(dim=-1), torch.ones(8, 2))
-    torch.testing.assert_close(make('discrete', unit_norm=False).encode(x).norm(dim=-1), torch.ones(8, 2))  # codes are cosines
+    torch.testing.assert_close(make('discrete', unit_norm=False, latent_length=2.0).encode(x).norm(dim=-1), torch.ones(8, 2))  # codes are cosines
+    torch.testing.assert_close(make(latent_length=2.0).encode(x), 2 * make().encode(x))
     assert (make(unit_norm=False).encode(x).norm(dim=-1) - 1).abs().min() > 1e-3
 
 
