@@ -40,19 +40,23 @@ class HubEncoder:
         around = self.tokenizer.tok('a')['input_ids']
         a = self.tokenizer.encode('a')
         at = next(i for i in range(len(around)) if around[i:i + len(a)] == a)
-        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]  # a model without any is read at its last token
-        self.before, self.after = around[:at], around[at + len(a):] or eos
+        self.before, self.after = around[:at], around[at + len(a):]
+        # for a summary we close what its tokenizer leaves open, as GPT-2's does; a model without EOS is read at its last token
+        self.eos = [self.tokenizer.eos_id] if not self.after and self.tokenizer.eos_id is not None else []
         config = self.model.config
         self.width, self.num_ids = config.hidden_size, self.model.get_input_embeddings().num_embeddings
         self.max_tokens = getattr(config, 'max_position_embeddings', math.inf) - len(self.before) - len(self.after)
         config.use_cache = False  # a decoder would keep keys and values for a text that is not going to be continued
 
     @torch.no_grad()
-    def __call__(self, x, blank=None, layer=-1):
-        """x (b, L) ids; blank: bool (b, L), positions whose input embedding is zeroed; layer: an index into its hidden states, -1 the output."""
+    def __call__(self, x, blank=None, layer=-1, summary=True):
+        """x (b, L) ids; blank: bool (b, L), positions whose input embedding is zeroed; layer: an index into its hidden states, -1 the output.
+
+        summary=False: the second result does not matter, so a text as long as the model's context fits.
+        """
         def special(ids):
             return x.new_tensor(ids).expand(len(x), -1)
-        e = self.model.get_input_embeddings()(torch.cat((special(self.before), x, special(self.after)), dim=1))
+        e = self.model.get_input_embeddings()(torch.cat((special(self.before), x, special(self.after + self.eos * summary)), dim=1))
         first, last = len(self.before), len(self.before) + x.shape[1]
         if blank is not None:
             e[:, first:last] = e[:, first:last].masked_fill(blank[..., None], 0)
@@ -72,8 +76,9 @@ class OurEncoder:
         self.model.requires_grad_(False)
         self.tokenizer = load_tokenizer(config) if 'tokenizer' in config else None  # sawtooth has none
         self.width, self.num_ids, self.max_tokens = config['hidden'], config['vocab_size'], config['block_size']
+        self.eos = []
 
-    def __call__(self, x, blank=None, layer=-1):
+    def __call__(self, x, blank=None, layer=-1, summary=True):
         """As HubEncoder's."""
         h = self.model.states(x, blank, layer)
         return h, h[:, -1]
@@ -99,7 +104,7 @@ def weights_sha256(encoder):
     return sha.hexdigest()
 
 
-def check_tokenizer(encoder, data):
+def check_tokenizer(encoder, data, summary=True):
     """UserError unless the ids of `data` (a data source, see data/) mean to the encoder what they mean there, and are not too many."""
     probe = 'The quick brown fox; naïve, 2,718 times! No?'
     if encoder.tokenizer is None:
@@ -112,8 +117,9 @@ def check_tokenizer(encoder, data):
     if not same:
         raise UserError('encoder and data have different tokenizers, so the encoder would read another text; prepare the data with '
                         '--tokenizer=ENCODER, the same hub id or folder (of an AR checkpoint: the folder of its training data)')
-    if data.block_size > encoder.max_tokens:
-        raise UserError(f'the encoder reads at most {encoder.max_tokens} tokens, and a sequence has block_size={data.block_size}')
+    longest = encoder.max_tokens - len(encoder.eos) * summary
+    if data.block_size > longest:
+        raise UserError(f'the encoder reads at most {longest} tokens, and a sequence has block_size={data.block_size}')
 
 
 def pool(states, summary, M):

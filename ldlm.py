@@ -282,7 +282,7 @@ class LDLM(nn.Module):
         c = self.config
         if c.token_encoder != 'scratch':
             encoder = open_encoder(c.token_encoder, device)
-            check_tokenizer(encoder, data)
+            check_tokenizer(encoder, data, summary=False)
             if encoder.width != c.latent_dim:
                 raise UserError(f'{c.token_encoder} has hidden states of width {encoder.width}: --latent_dim={encoder.width}, not {c.latent_dim}')
 
@@ -290,7 +290,7 @@ class LDLM(nn.Module):
     @torch.no_grad()
     def raw_states(self, x):
         """What the frozen token encoder makes of x (b, L): (b, L, D) fp32. It is no part of this module: opened by name, in no checkpoint."""
-        return open_encoder(self.config.token_encoder, x.device)(x, layer=self.config.layer)[0].float()
+        return open_encoder(self.config.token_encoder, x.device)(x, layer=self.config.layer, summary=False)[0].float()
 
     def states(self, x):
         """h (b, L, D) of x (b, L): each feature with mean 0 and variance 1 over the data [paper]. Trained embeddings as they are."""

@@ -506,3 +506,21 @@ def test_encoding_is_all_or_nothing(monkeypatch, capsys):
     for wrong, words in ((args, 'disk has'), ([*TINY], '--encoder=NAME'), ([*TINY[1:], '--method=mdlm'], 'unknown key|--method=ladd')):
         with pytest.raises(UserError, match=words):
             data.encode.main(wrong)
+
+
+def test_only_a_summary_costs_an_eos():
+    """GPT-2's tokenizer adds nothing. For LADD's summary we add EOS, so 20 places hold 19 tokens; LDLM reads all 20, the same first states."""
+    prepare(folder := hub('gpt2'))
+    tokenizer(folder, WORDS, '$A')
+    encoders.opened.cache_clear()
+    encoder = open_encoder(folder, 'cpu')
+    check_tokenizer(encoder, Tokens('toy', 'train', 19))
+    with pytest.raises(UserError, match='at most 19'):
+        check_tokenizer(encoder, Tokens('toy', 'train', 20))
+    check_tokenizer(encoder, Tokens('toy', 'train', 20), summary=False)
+    x = Tokens('toy', 'train', 20).rows([0])
+    states, _ = encoder(x, summary=False)
+    closed, summary = encoder(x[:, :19])
+    torch.testing.assert_close(states[:, :19], closed)
+    eos = torch.full((1, 1), WORDS.index('[SEP]'))
+    torch.testing.assert_close(summary, encoder.model(torch.cat((x[:, :19], eos), dim=1)).last_hidden_state[:, -1])

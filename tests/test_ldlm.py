@@ -36,7 +36,7 @@ class Encoder:
     def __init__(self):
         self.layers = []
 
-    def __call__(self, x, blank=None, layer=-1):
+    def __call__(self, x, blank=None, layer=-1, summary=True):
         self.layers.append(layer)
         e = torch.randn(V, D, generator=generator(5 + layer))[x]
         h = e + e.cumsum(dim=1) / (1 + torch.arange(x.shape[1]))[:, None]
@@ -607,7 +607,7 @@ def test_choices_that_make_no_sense(wrong, words):
 
 def test_check_data(monkeypatch):
     asked = []
-    monkeypatch.setattr(ldlm, 'check_tokenizer', lambda encoder, data: asked.append(data))
+    monkeypatch.setattr(ldlm, 'check_tokenizer', lambda encoder, data, summary: asked.append(data))
     build().check_data('data', 'cpu')
     assert asked == ['data']
     with pytest.raises(UserError, match='--latent_dim=16, not 24'):
@@ -772,7 +772,7 @@ def test_true_size(name, monkeypatch, tmp_path):
             return (Noise(seed, step, rows, 1).uniform('toy', self.block_size) * self.vocab_size).long()
     monkeypatch.setattr(train, 'open_data', lambda *args: Data())
     monkeypatch.setattr(ldlm, 'open_encoder', lambda *args: encoder)
-    monkeypatch.setattr(ldlm, 'check_tokenizer', lambda *args: None)
+    monkeypatch.setattr(ldlm, 'check_tokenizer', lambda *args, **kwargs: None)
     monkeypatch.setattr(ldlm, 'STATE_TOKENS', 2048)
     train.main([os.path.join(ROOT, 'config', name + '.py'), f'--out_dir={tmp_path}/out', '--batch_size=2', '--max_iters=2', '--log_interval=1', '--compile=False'])
     records = test_train.log(f'{tmp_path}/out')

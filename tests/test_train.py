@@ -227,7 +227,7 @@ def test_full_disk_at_the_log(monkeypatch):
 @pytest.mark.parametrize('arg, words', [
     ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'), ('config/none.py', 'cannot read'),
     ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'), ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16 or float32'),
-    ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'), ('--init_from=best', 'auto, scratch, resume, OWNER/NAME'),
+    ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'), ('--init_from=best', 'auto, scratch, resume, out/OTHER'),
     ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'negative'), ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'), ('--block_size=8', '16 tokens'),
 ])
 def test_mistakes(arg, words, tmp_path):
