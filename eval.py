@@ -187,9 +187,9 @@ def denoiser_calls(method, L, steps, options):
 def sampling_gflops(method, L, calls, options):
     """Per sample, by method.flops: every denoiser call as if it ran on the whole sequence (ours skips those in which nothing is revealed).
 
-    calls None: one for the whole text (AR keeps keys and values, and computes each position once). Heads are left out, and LDLM's decoder.
+    calls None: one for the whole text (AR keeps keys and values, and computes each position once). Heads are left out.
     """
-    flops = (1 if calls is None else calls) * method.flops(L)
+    flops = (1 if calls is None else calls) * method.flops(L) + (method.flops_once(L) if hasattr(method, 'flops_once') else 0)
     if options.get('strategy') == 'seq':  # the latent comes from its own network, or from the big one with all tokens masked
         c = method.config
         flops += options['latent_steps'] * (method.latent_dit.flops(c.num_latents) if c.latent_layers else method.flops(L))

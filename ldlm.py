@@ -188,6 +188,12 @@ class Transformer(nn.Module):
             x = block(x, self.cos, self.sin, None if self.queries is None else context)
         return x
 
+    def flops(self, L):
+        """Forward FLOPs, counted as DiT.flops counts them: L times the matrices, and attention to L or, of a perceiver, 2 L places."""
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() > 1)
+        places = L if self.queries is None else 2 * L
+        return L * weights + len(self.blocks) * 2 * L * places * self.blocks[0].out.out_features
+
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the method
@@ -421,8 +427,13 @@ class LDLM(nn.Module):
         return self.tokens(mean if sampler == 'euler_maruyama_mean' else z_hat)
 
     def flops(self, L):
-        """Forward FLOPs of one denoiser call by the papers' formula: one per fused multiply-add; decoder and head come once per text."""
+        """Forward FLOPs of one denoiser call by the papers' formula: one per fused multiply-add, no head."""
         return self.dit.flops(L)
+
+    def flops_once(self, L):
+        """What decoding a text adds to them, once."""
+        halves = [self.token_decoder, self.decoder] if self.config.decode_from == 'states' else [self.token_decoder]
+        return sum(m.flops(L) for half in halves for m in half.modules() if isinstance(m, Transformer))
 
 
 def warmup(step, length, midpoint=0.8, steepness=10.0):

@@ -53,6 +53,7 @@ defaults = dict(
     min_lr=0.0,
     beta1=0.9,
     beta2=0.999,
+    adam_eps=1e-8,
     weight_decay=0.0,          # of matrices; gains and biases have none
     grad_clip=1.0,             # norm of the gradient; 0: no clipping
     ema=0.9999,                # decay of the averaged weights, which are the ones evaluated and sampled from
@@ -290,7 +291,7 @@ def main(argv):
     ema = [p.detach().clone() for p in params]
     matrices, vectors = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}], lr=c.learning_rate,
-                                  betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+                                  betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, fused=True)
     if checkpoint:
         optimizer.load_state_dict({'state': checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
         torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name in names])

@@ -35,6 +35,7 @@ warmup_iters = 5000
 decay_lr = 'constant'
 beta1 = 0.9
 beta2 = 0.98
+adam_eps = 1e-6
 weight_decay = 0.01
 grad_clip = 1.0
 ema = 0.9999

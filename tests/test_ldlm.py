@@ -655,6 +655,8 @@ def test_sizes_of_the_paper():
     assert millions(on_meta(read('owt_ldlm'), 50257).encoder) == 51.0
     assert millions(on_meta(read('lm1b_ldlm', '--latent_encoder=attention'), 50257).encoder) == 43.1
     assert m.flops(128) == 12 * (12 * 128 * 768**2 + 2 * 128**2 * 768)
+    # six Perceiver blocks of 3 + 2 + 1 + 8 matrices that attend to 2 L places, and three of 3 + 1 + 12 that attend to L
+    assert m.flops_once(128) == 6 * (14 * 128 * 768**2 + 4 * 128**2 * 768) + 3 * (16 * 128 * 768**2 + 2 * 128**2 * 768)
 
 
 def test_settings_of_the_paper():
