@@ -9,6 +9,7 @@ A checkpoint is a dict of numbers, strings and tensors:
     optimizer   the state of AdamW
     step, tokens
 """
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -56,7 +57,7 @@ def save(path, checkpoint):
         os.fsync(folder)  # the new name, too, survives a power cut
         os.close(folder)
     except (OSError, RuntimeError) as e:  # a disk that fills up reaches us as a RuntimeError of torch's zip writer
-        if os.path.exists(temp):
+        with contextlib.suppress(OSError):  # where nothing can be written nothing can be removed
             os.remove(temp)
         kept = 'the one before it is kept' if os.path.exists(path) else 'there is none before it'
         raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or "is the disk full?"}); {kept}') from e

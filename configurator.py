@@ -7,7 +7,6 @@ and comments are all it may hold), and a mistake ends with one line that says wh
 import ast
 import difflib
 import glob
-import math
 import operator
 import os
 import sys
@@ -28,6 +27,7 @@ def nearest(name, known):
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+LARGEST = sys.float_info.max  # an integer beyond it is no number that anything here could use
 
 
 def literal(node):
@@ -40,7 +40,10 @@ def literal(node):
         a, b = number(node.left), number(node.right)
         if isinstance(node.op, ast.Pow) and (abs(a) > 1e6 or abs(b) > 64):
             raise ValueError('a power that large')  # 9**9**9 would not end
-        return OPERATORS[type(node.op)](a, b)
+        value = OPERATORS[type(node.op)](a, b)
+        if abs(value) > LARGEST:
+            raise ValueError('a number that large')
+        return value
     raise ValueError('neither a literal nor arithmetic between numbers')
 
 
@@ -54,7 +57,7 @@ def number(node):
 def fit(key, value, default):
     """value as the type of default; UserError if it is of another kind. 1e4 counts as an integer, 3 as a float."""
     kind = type(default)
-    if type(value) in (int, float) and kind in (int, float) and math.isfinite(value):
+    if type(value) in (int, float) and kind in (int, float) and abs(value) <= LARGEST:  # not so: nan
         if kind is float:
             return float(value)
         if value == int(value) and abs(value) < 2**63:
@@ -108,6 +111,10 @@ def configure(defaults, argv, method_fields=None):
     method_fields: name of a method -> its own keys and defaults; the value of the key `method` picks the name.
     A config file NAME.py means out_dir = out/NAME unless something says otherwise.
     """
+    try:
+        ''.join(argv).encode()
+    except UnicodeEncodeError:
+        raise UserError('an argument is not UTF-8') from None
     files = [a for a in argv if not a.startswith('-')]
     if len(files) > 1:
         raise UserError(f'at most one config file, and overrides as --key=value: {" ".join(files)}')

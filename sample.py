@@ -112,7 +112,8 @@ def read_prompt(start, tok, L, method):
     parts = re.split(r'\[MASK(?::(\d+))?\]', start)  # text, n or None, text, n or None, ..., text
     ids = [tok.bos_id] if tok.wrap else []
     for text, n in zip(parts[::2], parts[1::2] + ['0']):
-        ids += tok.encode(text) + [method.mask_id] * min(int(n or 1), L + 1)
+        n = int(n or 1) if len(n or '') < 20 else L + 1
+        ids += tok.encode(text) + [method.mask_id] * min(n, L + 1)
     if len(ids) > L:
         raise UserError(f'the prompt has more than the {L:,} tokens that the model can hold')
     if len(ids) == L and method.mask_id not in ids:

@@ -75,10 +75,15 @@ def check(c, world):
         (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}'),
         (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
         *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
-          ('batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_seqs', 'hidden', 'num_layers', 'num_heads')),
-        *((getattr(c, key) >= 0, f'{key} must not be negative, as {getattr(c, key)} is') for key in
-          ('block_size', 'micro_batch', 'learning_rate', 'warmup_iters', 'min_lr', 'weight_decay', 'grad_clip', 'checkpoint_interval')),
+          ('batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_seqs', 'hidden', 'num_layers', 'num_heads', 'cond_dim',
+           'num_latents', 'latent_dim', 'codebook_size', 'adaptive_every')),
+        (getattr(c, 'adaptive_bins', 2) >= 2, 'adaptive_bins must be at least 2: the loss rises from one to the next'),
+        *((getattr(c, key, 0) >= 0, f'{key} must not be negative, as {getattr(c, key, 0)} is') for key in
+          ('block_size', 'micro_batch', 'learning_rate', 'warmup_iters', 'min_lr', 'adam_eps', 'weight_decay', 'grad_clip', 'checkpoint_interval',
+           'encoder_layers', 'latent_layers', 'decoder_layers', 'stage1_iters', 'vq_start', 'encoder_warmup', 'lambda_x', 'lambda_z', 'sigma_dec')),
         *((0 <= getattr(c, key, 0) < 1, f'{key} must be in [0, 1), not {getattr(c, key, 0)}') for key in ('beta1', 'beta2', 'ema', 'dropout')),
+        *((0 <= getattr(c, key, 0) <= 1, f'{key} must be in [0, 1], not {getattr(c, key, 0)}') for key in
+          ('p_drop', 'p_start', 'stage1_t_min', 'vq_decay', 'self_conditioning', 'mask_states', 'adaptive_memory')),
         (c.batch_size % world == 0, f'batch_size={c.batch_size} does not divide among {world} processes; {max(share, 1) * world} would'),
         (share % (c.micro_batch or 1) == 0, f'micro_batch={c.micro_batch} does not divide the {share} sequences of a process; '
                                             f'{math.gcd(share, c.micro_batch)} would'),
@@ -181,7 +186,7 @@ def open_log(path, step):
                     try:
                         if json.loads(line)['step'] <= step and line.endswith(b'\n'):
                             kept.append(line)
-                    except (ValueError, TypeError, KeyError):
+                    except (ValueError, TypeError, KeyError, RecursionError):
                         continue  # torn by a crash or a full disk
         with open(path + '.tmp', 'wb') as f:
             f.writelines(kept)
@@ -205,6 +210,8 @@ def open_log(path, step):
 
 def check_fits(checkpoint, config, method, out_dir):
     """UserError if out_dir holds a run of another shape. Changed rates, intervals and lengths of training are fine."""
+    if not {'optimizer', 'tokens'} <= checkpoint.keys():
+        raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
     old = checkpoint['config']
     changed = [k for k in ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'num_latents') if old.get(k, '') != config.get(k, '')]
     shapes = {k: v.shape for k, v in method.state_dict().items()}
@@ -328,7 +335,7 @@ def main(argv):
             if c.wandb:
                 wandb.log(numbers, step=numbers['step'])
 
-    stop = []  # signals received; the step is finished first, a second signal does not wait
+    stop, stopped_by = [], 0  # signals received, and the one that all processes heed; the step is finished first, a second signal does not wait
 
     def on_signal(signum, frame):
         if stop:
@@ -396,14 +403,16 @@ def main(argv):
             bar.update()
 
             done = step + 1
+            stopped_by = max(stop, default=0)  # a signal from here on waits for the next step: this one might not be saved
             if world > 1:  # all processes stop after the same step
-                flag = torch.tensor(max(stop, default=0))
+                flag = torch.tensor(stopped_by)
                 dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-                stop = stop or [s for s in [flag.item()] if s]
-            last = bool(stop) or done == c.max_iters
+                stopped_by = flag.item()
+            last = stopped_by > 0 or done == c.max_iters
             saving = last or done % (c.checkpoint_interval or c.eval_interval) == 0
+            evaluating = hasattr(method, 'nll') and not stopped_by and (done % c.eval_interval == 0 or last)
 
-            if saving or done % c.log_interval == 0:  # the only place where the host waits for the device
+            if saving or evaluating or done % c.log_interval == 0:  # the only place where the host waits for the device
                 values = torch.stack([torch.as_tensor(v, device=device).float() for v in logs.values()] or [loss])
                 if world > 1:
                     dist.all_reduce(values)
@@ -417,18 +426,19 @@ def main(argv):
                 record({'step': done, **logs, **numbers, 'lr': lr, 'tokens_per_s': round(speed), 'tokens': tokens})
                 bar.set_postfix(loss=f'{numbers["loss"]:.4f}', tokens_per_s=f'{speed:,.0f}', refresh=False)
                 clock, clock_tokens = time.time(), tokens
-            if saving and rank == 0:
-                save(path, {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': dict(zip(names, ema)),
-                            'optimizer': optimizer.state_dict()['state'], 'step': done, 'tokens': tokens})
-            if stop:
-                break
-            if hasattr(method, 'nll') and (done % c.eval_interval == 0 or last):
+            if evaluating:
                 with averaged(method, params, ema), autocast:
                     val_loss = evaluate(method, val_data, c.eval_seqs, micro, rank, world, device)
                 record({'step': done, 'val_loss': val_loss, 'val_ppl': math.exp(min(val_loss, 700))})
                 if rank == 0:
                     bar.write(f'step {done:,}: loss {numbers["loss"]:.4f}, validation {val_loss:.4f} nats per token, perplexity {math.exp(min(val_loss, 700)):.2f}')
+            if saving and rank == 0:  # when all records of the step are written: whoever resumes from here misses none of them
+                save(path, {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': dict(zip(names, ema)),
+                            'optimizer': optimizer.state_dict()['state'], 'step': done, 'tokens': tokens})
+            if saving or evaluating:
                 clock = time.time()
+            if stopped_by:
+                break
     finally:
         bar.close()
         feed.shutdown(cancel_futures=True)
@@ -436,10 +446,10 @@ def main(argv):
             signal.signal(s, handler)
     if world > 1:
         dist.destroy_process_group()
-    if stop:
+    if stopped_by:
         if rank == 0:
             print(f'stopped after step {done:,}; the same command continues')
-        sys.exit(128 + stop[0])
+        sys.exit(128 + stopped_by)
     if rank == 0 and hasattr(train_data, 'report'):
         with averaged(method, params, ema), autocast:
             train_data.report(method)

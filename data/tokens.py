@@ -70,7 +70,7 @@ class HuggingFace(Tokenizer):
         if [os.path.exists(f) for f in files] == [True, True, False, False]:
             self.tok = transformers.Qwen2TokenizerFast(vocab=files[0], merges=files[1])
         else:
-            self.tok = transformers.AutoTokenizer.from_pretrained(name)
+            self.tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # by default it asks whether to run code
         first = lambda *ids: next((i for i in ids if i is not None), None)
         self.spec = {'kind': 'huggingface', 'name': name}
         self.eos_id = first(self.tok.eos_token_id, self.tok.sep_token_id)
@@ -94,8 +94,13 @@ def load_tokenizer(which):
     spec = which.get('tokenizer', which)
     try:
         if spec['kind'] == 'char':
-            return Char(spec['chars'], spec['eos'])
-        return GPT2() if spec['kind'] == 'gpt2' else HuggingFace(spec['name'])
+            str.encode(spec['chars'])  # fails unless it is text
+            tok = Char(spec['chars'], bool(spec['eos']))
+        else:
+            tok = GPT2() if spec['kind'] == 'gpt2' else HuggingFace(spec['name'])
+        if tok.vocab_size < which.get('vocab_size', 0):
+            raise ValueError(f'it has {tok.vocab_size:,} ids where the data has {which["vocab_size"]:,}')
+        return tok
     except ImportError as e:
         raise UserError(f'{e}: pip install tiktoken transformers') from e
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -136,7 +141,7 @@ def read_meta(folder):
             raise ValueError('an entry is not what it should be')
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f'there is no prepared data in {folder}: run {command}') from None
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f'{folder}/meta.json is damaged ({type(e).__name__}: {first_line(e)}): run {command} again') from e
     return meta | {'command': command}
 
@@ -146,6 +151,11 @@ def open_data(name, split, block_size):
         from sawtooth import Sawtooth
         return Sawtooth(split)
     return Tokens(name, split, block_size)
+
+def check_whole(file, array):
+    """UserError if a memory-mapped file has shrunk since it was opened: to read on would be SIGBUS, an end without a word, or zeros."""
+    if os.fstat(file.fileno()).st_size < array.nbytes:
+        raise UserError(f'data file shrank while it was read: {file.name}; put it back, and the same command goes on')
 
 def random_numbers(seed, step, rows, n):
     """A random number below n for each global row number in `rows`, a list."""
@@ -173,7 +183,8 @@ class Tokens:
             raise UserError(f'data file {"shrank" if size < count * dtype.itemsize else "grew"}: {path} has {size:,} bytes and meta.json says '
                             f'{count * dtype.itemsize:,}: run {self.meta["command"]} again')
         self.vocab_size, self.tokenizer, self.wrap = self.meta['vocab_size'], self.meta['tokenizer'], self.meta['wrap']
-        self.ids = np.memmap(path, dtype, 'r')
+        self.file = open(path, 'rb')
+        self.ids = np.memmap(self.file, dtype, 'r')
         self.folder, self.split = folder, split
         self.block_size, self.body = block_size, block_size - 2 * self.wrap  # ids that a chunk takes from the file
         if not 1 <= self.body <= count:
@@ -184,6 +195,7 @@ class Tokens:
 
     def chunks(self, starts):
         """(len(starts), block_size) int64: the chunks that begin at these positions of the file."""
+        check_whole(self.file, self.ids)
         x = np.stack([self.ids[i:i + self.body] for i in starts]).astype(np.int64)
         if self.wrap:
             x = np.pad(x, ((0, 0), (1, 1)), constant_values=((0, 0), (self.meta['bos_id'], self.meta['eos_id'])))
@@ -242,7 +254,8 @@ class WithLatents:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != 2 * np.prod(shape, dtype=np.int64):
             raise UserError(f'{path} has {size:,} bytes where {shape} numbers of 2 bytes are expected: run {command}')
-        self.latents = np.memmap(path, np.uint16, 'r', shape=shape)  # numpy has no bfloat16
+        self.file = open(path, 'rb')
+        self.latents = np.memmap(self.file, np.uint16, 'r', shape=shape)  # numpy has no bfloat16
 
     def __len__(self):
         return len(self.tokens)
@@ -254,4 +267,5 @@ class WithLatents:
     def rows(self, indices):
         """Chunks by number; raises IndexError outside 0 .. len - 1."""
         indices = [int(i) for i in indices]
+        check_whole(self.file, self.latents)
         return self.tokens.rows(indices), torch.from_numpy(self.latents[indices]).view(torch.bfloat16).float()

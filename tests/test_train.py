@@ -152,6 +152,40 @@ def test_a_signal_saves_first(monkeypatch, signum):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_between_two_steps_waits_for_the_next(monkeypatch):
+    """After the decision not to save this step, a signal must not end the run here: that would lose the steps since the last checkpoint."""
+    write = os.write
+
+    def write_and_signal(fd, line):
+        if b'"step": 6,' in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(fd, line)
+    monkeypatch.setattr(os, 'write', write_and_signal)
+    with pytest.raises(SystemExit):
+        go('a', '--max_iters=12')
+    assert checkpoint.load('a/ckpt.pt')['step'] == 7
+
+
+def test_killed_in_an_evaluation(monkeypatch):
+    """The log gets the validation that was interrupted: also the last one, behind which there is no step."""
+    args = ['--max_iters=8', '--eval_interval=4', '--log_interval=3']
+    go('whole', *args)
+    evaluate, killed_at = train.evaluate, []
+
+    def die_once(method, *rest):
+        if len(killed_at) < 2 and (not killed_at or killed_at[-1] != os.path.exists('parts/ckpt.pt')):
+            killed_at.append(os.path.exists('parts/ckpt.pt'))
+            raise Killed
+        return evaluate(method, *rest)
+    monkeypatch.setattr(train, 'evaluate', die_once)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            go('parts', *args)
+    go('parts', *args)
+    strip = lambda name: [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in log(name)]
+    assert killed_at == [False, True] and strip('parts') == strip('whole') and [r['step'] for r in log('whole') if 'val_loss' in r] == [4, 8]
+
+
 def test_scratch_and_going_further(capsys):
     first = go('a', '--max_iters=5')
     assert go('a', '--max_iters=5') == first and 'at step 5 of 5; a larger --max_iters goes on' in capsys.readouterr().out
@@ -305,12 +339,74 @@ configurator.run"""))
     assert val[0] == pytest.approx(val[1], rel=1e-4)
 
 
+ONE_AND_TWO = {  # every part of the state that is more than weights has its turn: k-means, the moving codebook, both stages, new times
+    'mdlm': [],
+    'co_ladd': ['--method=ladd', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1', '--times=independent', '--stage1_iters=3'],
+    'di_ladd': [*TWO_STAGES, '--vq_start=2', '--stage1_iters=6'],
+    'ldlm': ['--method=ldlm', '--token_encoder=scratch', '--reconstruction=ce', '--latent_dim=16', '--latent_layers=1', '--decoder_layers=1',
+             '--adaptive_bins=4', '--adaptive_every=3', '--encoder_warmup=6'],
+}
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not of the steps before."""
+    (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run(train.main)', f"""
+import os, socket
+build, average_gradients, steps = train.build, train.average_gradients, []
+
+def build_random(config):  # heads begin at zero, and would let no gradient pass
+    method = build(config)
+    for p in method.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return method
+
+def recording(params, loss, world):
+    loss = average_gradients(params, loss, world)
+    steps.append([loss.detach(), *(p.grad.clone() for p in params if p.grad is not None)])
+    return loss
+
+train.build, train.average_gradients = build_random, recording
+
+def fork(name, rank, world, *args):
+    child = os.fork()
+    if not child:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        train.main([*{TINY!r}, *methods[name], '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}', *args])
+        torch.save(steps, f'{{name}}{{world}}/steps{{rank}}.pt')
+        os._exit(0)
+    return child
+
+methods = {ONE_AND_TWO!r}
+for name in methods:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    for child in (fork(name, 0, 1, '--micro_batch=4'), fork(name, 0, 2, '--micro_batch=2'), fork(name, 1, 2, '--micro_batch=2')):
+        assert os.waitpid(child, 0)[1] == 0, name
+"""))
+    r = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr
+    for name in ONE_AND_TWO:
+        one, two, also = (torch.load(f'{name}{run}.pt') for run in ('1/steps0', '2/steps0', '2/steps1'))
+        assert len(one) == 8 and all(torch.equal(p, q) for a, b in zip(two, also) for p, q in zip(a, b))
+        for step, (a, b) in enumerate(zip(one, two)):
+            assert len(a) == len(b) > 10
+            scale = max(p.norm() for p in a[1:])
+            assert scale > 1e-3
+            off = [i for i, (p, q) in enumerate(zip(a, b)) if (p - q).norm() > 1e-4 * p.norm() + 1e-6 * scale]
+            assert not off, (name, step, off)
+        a, b = weights(name + '1'), weights(name + '2')
+        assert a.keys() == b.keys() and not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
+        assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
+
+
 def test_kill_at_any_moment(tmp_path):
     """kill -9 at 50 random moments, the same command after each: always a checkpoint that loads, whole log lines, no step missing or twice."""
     args = [*TINY, '--out_dir=a', '--max_iters=100000', '--checkpoint_interval=1', '--eval_interval=7']
     (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run(train.main)', f"""
 import os, random, signal, time
 random.seed(0)
+inside = 0
 train.main({TINY + ['--out_dir=warm', '--max_iters=1']!r})  # what torch imports at its first step, the children need not
 for i in range(50):
     child = os.fork()
@@ -320,10 +416,12 @@ for i in range(50):
     time.sleep(random.uniform(0.02, 0.15))
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL  # it had not failed before
+    inside += os.path.exists('a/ckpt.pt.tmp')
     if os.path.exists('a/ckpt.pt'):
         train.load('a/ckpt.pt')
     if os.path.exists('a/log.jsonl'):
         assert open('a/log.jsonl', 'rb').read()[-1:] in (b'', b'\\n')
+assert inside >= 5  # so many of the kills met a checkpoint half written
 """))
     r = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
