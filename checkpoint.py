@@ -73,7 +73,8 @@ def load(path):
                         + ('' if known else f' --out_dir={folder}'))
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        good = checkpoint['format'] == FORMAT and {'config', 'model', 'ema', 'step'} <= checkpoint.keys()
+        good = checkpoint['format'] == FORMAT and isinstance(checkpoint['config']['method'], str) and isinstance(checkpoint['step'], int) \
+            and all(isinstance(checkpoint[key], dict) for key in ('model', 'ema'))
     except Exception as e:  # whatever a foreign file makes the reader stumble over
         raise UserError(f'{path} is no checkpoint of ours, or is cut short ({type(e).__name__}); delete it or train with --init_from=scratch') from e
     if not good:

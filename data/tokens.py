@@ -222,7 +222,7 @@ class Tokens:
 def latents_of(tokens, encoder, num_latents, latent_dim):
     """Where the latents of a set (any split of it, a Tokens) belong, and what their meta.json has to say: (folder, dict)."""
     shape = f'{tokens.block_size}_{num_latents}x{latent_dim}'
-    splits = {s: dict(chunks=tokens.meta[s]['tokens'] // tokens.body, tokens_sha256=tokens.meta[s]['sha256']) for s in ('train', 'val') if s in tokens.meta}
+    splits = {s: dict(chunks=tokens.meta[s]['tokens'] // tokens.body, tokens_sha256=tokens.meta[s].get('sha256')) for s in ('train', 'val') if s in tokens.meta}
     return (os.path.join(tokens.folder, f'latents_{os.path.basename(os.path.normpath(encoder))}_{shape}'),
             dict(dtype='bfloat16', encoder=encoder, block_size=tokens.block_size, num_latents=num_latents, latent_dim=latent_dim, **splits))
 

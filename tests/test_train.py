@@ -348,11 +348,44 @@ ONE_AND_TWO = {  # every part of the state that is more than weights has its tur
 }
 
 
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
-    """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not of the steps before."""
-    (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run(train.main)', f"""
+FORK = SCRIPT.replace('configurator.run(train.main)', f"""
 import os, socket
-build, average_gradients, steps = train.build, train.average_gradients, []
+train.main({TINY + ['--out_dir=warm', '--max_iters=1']!r})  # what torch imports at its first step, the children need not
+
+def processes(world, args, prepare):
+    # one run without torchrun, whose start takes longer than what is to be seen; -> exit codes
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    children = []
+    sys.stdout.flush()
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            prepare(rank)
+            sys.argv[1:] = args
+            code = 0
+            try:
+                configurator.run(train.main)
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
+            sys.stdout.flush()
+            os._exit(code)  # to leave in the usual way takes Python a second
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+""")
+
+
+def run_script(text):
+    with open('script.py', 'w') as f:
+        f.write(text)
+    return subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+
+
+def test_gradients_of_two_processes_are_those_of_one():
+    """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not of the steps before."""
+    r = run_script(FORK + f"""
+build, average_gradients, steps, where = train.build, train.average_gradients, [], []
 
 def build_random(config):  # heads begin at zero, and would let no gradient pass
     method = build(config)
@@ -363,31 +396,18 @@ def build_random(config):  # heads begin at zero, and would let no gradient pass
 def recording(params, loss, world):
     loss = average_gradients(params, loss, world)
     steps.append([loss.detach(), *(p.grad.clone() for p in params if p.grad is not None)])
+    torch.save(steps, where[0])
     return loss
 
 train.build, train.average_gradients = build_random, recording
-
-def fork(name, rank, world, *args):
-    child = os.fork()
-    if not child:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        train.main([*{TINY!r}, *methods[name], '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}', *args])
-        torch.save(steps, f'{{name}}{{world}}/steps{{rank}}.pt')
-        os._exit(0)
-    return child
-
-methods = {ONE_AND_TWO!r}
-for name in methods:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    for child in (fork(name, 0, 1, '--micro_batch=4'), fork(name, 0, 2, '--micro_batch=2'), fork(name, 1, 2, '--micro_batch=2')):
-        assert os.waitpid(child, 0)[1] == 0, name
-"""))
-    r = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+for name, args in {ONE_AND_TWO!r}.items():
+    for world in (1, 2):  # each accumulates over two micro-batches
+        args = [*{TINY!r}, *args, '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}', f'--micro_batch={{4 // world}}']
+        assert set(processes(world, args, lambda rank: where.append(f'{{name}}{{world}}.{{rank}}.pt'))) == {{0}}
+""")
     assert r.returncode == 0, r.stderr
     for name in ONE_AND_TWO:
-        one, two, also = (torch.load(f'{name}{run}.pt') for run in ('1/steps0', '2/steps0', '2/steps1'))
+        one, two, also = (torch.load(f'{name}{run}.pt') for run in ('1.0', '2.0', '2.1'))
         assert len(one) == 8 and all(torch.equal(p, q) for a, b in zip(two, also) for p, q in zip(a, b))
         for step, (a, b) in enumerate(zip(one, two)):
             assert len(a) == len(b) > 10
@@ -398,6 +418,36 @@ for name in methods:
         a, b = weights(name + '1'), weights(name + '2')
         assert a.keys() == b.keys() and not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
         assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
+
+
+def test_bad_days_of_two_processes():
+    """A signal to one of them stops both after the same step; so does a loss that is not finite on one; a full disk of rank 0 leaves nobody waiting."""
+    r = run_script(FORK + f"""
+import mdlm, resource, signal
+forward = mdlm.MDLM.forward
+
+def at(step, rank, action):
+    def prepare(mine):
+        def wrapped(self, x, noise):
+            loss, logs = forward(self, x, noise)
+            return (action() or 1.0) * loss if noise.step >= step and mine == rank else loss, logs
+        mdlm.MDLM.forward = wrapped
+    return prepare
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+once = [lambda: os.kill(os.getpid(), signal.SIGTERM)]
+args = [*{TINY!r}, '--max_iters=20', '--eval_interval=4']
+print(processes(2, [*args, '--out_dir=signal'], at(5, 1, lambda: once and once.pop()())))
+print(processes(2, [*args, '--out_dir=nan'], at(5, 1, lambda: float('nan'))))
+print(processes(2, [*args, '--out_dir=full'], at(5, 0, limit)))
+""")
+    assert r.returncode == 0, r.stderr
+    codes = [line for line in r.stdout.split('\n') if line.startswith('[')]
+    assert codes[:2] == ['[143, 143]', '[1, 1]'] and codes[2].startswith('[2, '), codes
+    assert [checkpoint.load(f'{name}/ckpt.pt')['step'] for name in ('signal', 'nan', 'full')] == [6, 4, 4]
+    assert r.stderr.count('not finite in 3 steps in a row, up to step 8') == 1 and r.stderr.count('cannot write full/ckpt.pt') == 1
 
 
 def test_kill_at_any_moment(tmp_path):

@@ -1,0 +1,412 @@
+"""What goes wrong on other people's machines: full disks, read-only folders, shrinking files, damaged files, and whatever fingers may type.
+
+Each ends with its one line (a UserError) and loses nothing. The kills are in test_train.py, single mistakes in the test of each room.
+"""
+import ast
+import contextlib
+import glob
+import json
+import os
+import random
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import sample
+import test_train
+import train
+from configurator import UserError, configure
+from data.tokens import Tokens, WithLatents, latents_of, load_tokenizer
+from sample import read_prompt
+from test_sample import CHARS, make
+from test_train import go, log, losses, open_toy, raise_at, same, weights
+
+ROOT = os.path.dirname(train.__file__)
+
+
+@pytest.fixture(autouse=True)
+def sandbox(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, 'open_data', open_toy)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.chdir(tmp_path)
+
+
+def tells(function, *args, also=()):
+    """Calls it; what it may raise is a UserError with one line, or one of `also`. -> the line, or None"""
+    try:
+        function(*args)
+    except also:
+        return None
+    except UserError as e:
+        assert str(e).strip() and len(str(e)) < 20000
+        return ' '.join(str(e).split())  # as configurator.run prints it
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# disks and folders
+
+@contextlib.contextmanager
+def disk_full(size):
+    """Every file of this process ends at `size` bytes, in the middle of a write if need be, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def read_only(*folders):
+    """No one may write there, not even root, who lays down his rights for the time being."""
+    root = os.geteuid() == 0
+    os.chmod('.', 0o755)
+    for folder in folders:
+        os.chmod(folder, 0o555)
+    if root:
+        os.seteuid(65534)  # nobody
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for folder in folders:
+            os.chmod(folder, 0o755)
+
+
+def files(folder='.'):
+    return {os.path.join(d, f): open(os.path.join(d, f), 'rb').read() for d, _, fs in os.walk(folder) for f in fs}
+
+
+def test_disk_full_in_the_middle_of_a_log_line():
+    args = ['--max_iters=12', '--checkpoint_interval=4', '--eval_interval=100']
+    whole = go('whole', *args)
+    go('a', '--max_iters=4', *args[1:])
+    lines = open('whole/log.jsonl', 'rb').read().split(b'\n')
+    with disk_full(len(b'\n'.join(lines[:6])) + 30):
+        line = tells(go, 'a', *args)
+    assert line.startswith('cannot write a/log.jsonl') and 'the last checkpoint is kept' in line
+    assert not open('a/log.jsonl', 'rb').read().endswith(b'\n') and checkpoint.load('a/ckpt.pt')['step'] == 4
+    assert go('a', *args) == whole and same(weights('a'), weights('whole'))
+
+
+def test_disk_full_in_the_middle_of_a_checkpoint():
+    args = ['--checkpoint_interval=4', '--eval_interval=100']
+    whole = go('whole', '--max_iters=12', *args)
+    with disk_full(20000):
+        line = tells(go, 'a', '--max_iters=12', *args)
+    assert line == 'cannot write a/ckpt.pt (File too large); there is none before it' and os.listdir('a') == ['log.jsonl']
+    go('a', '--max_iters=4', *args)
+    with disk_full(20000):
+        line = tells(go, 'a', '--max_iters=12', *args)
+    assert line == 'cannot write a/ckpt.pt (File too large); the one before it is kept'
+    assert sorted(os.listdir('a')) == ['ckpt.pt', 'log.jsonl'] and checkpoint.load('a/ckpt.pt')['step'] == 4 and len(losses('a')) == 8
+    assert go('a', '--max_iters=12', *args) == whole
+
+
+def test_disk_full_before_the_start():
+    """Where not even the old log can be written anew, it stays what it was."""
+    go('a', '--max_iters=4')
+    before = files('a')
+    with disk_full(100):
+        assert tells(go, 'a', '--max_iters=8').startswith('cannot write a/log.jsonl')
+    assert {k: v for k, v in files('a').items() if not k.endswith('.tmp')} == before
+    assert len(go('a', '--max_iters=8')) == 8
+
+
+def test_disk_full_for_samples():
+    make('mdlm', 'out/m')
+    with disk_full(100):
+        line = tells(sample.main, ['--out_dir=out/m', '--device=cpu', '--steps=1', '--save=x.npy'])
+    assert line.startswith('cannot write x.npy') and os.listdir('.') == ['out']
+
+
+def test_read_only_folder():
+    go('a', '--max_iters=2')
+    make('mdlm', 'out/m')
+    os.mkdir('empty')
+    before = files()
+    with read_only('a', 'empty'):
+        for name in ('a', 'empty', 'empty/new', 'a/ckpt.pt/new'):
+            assert f'cannot write {name}/log.jsonl' in tells(go, name, '--max_iters=4'), name
+        assert tells(sample.main, ['--out_dir=out/m', '--device=cpu', '--save=a/x.npy']).startswith('cannot write a/x.npy')
+        with pytest.raises(UserError, match='Permission denied.*the one before it is kept'):
+            checkpoint.save('a/ckpt.pt', {})
+    assert files() == before
+    open('a/ckpt.pt.tmp', 'w').close()  # a kill left it, then the disk was mounted read-only
+    with read_only('a'), pytest.raises(UserError, match='Permission denied.*the one before it is kept'):
+        checkpoint.save('a/ckpt.pt', {})
+    assert len(go('a', '--max_iters=4')) == 4 and sorted(os.listdir('a')) == ['ckpt.pt', 'log.jsonl']
+
+
+def test_folder_becomes_read_only_on_the_way(monkeypatch):
+    whole = go('whole', '--max_iters=8', '--checkpoint_interval=2')
+    with monkeypatch.context() as m, contextlib.ExitStack() as stack:
+        raise_at(m, checkpoint.method_class('mdlm')[0], 5, lambda: stack.enter_context(read_only('a')))
+        assert tells(go, 'a', '--max_iters=8', '--checkpoint_interval=2') == 'cannot write a/ckpt.pt (Permission denied); the one before it is kept'
+    assert checkpoint.load('a/ckpt.pt')['step'] == 4
+    assert go('a', '--max_iters=8', '--checkpoint_interval=2') == whole
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# data that shrinks
+
+def prepared(folder, n=20000):
+    """A set of random characters, as prepare.py would write it."""
+    os.makedirs(folder)
+    ids = np.random.default_rng(0).integers(0, 9, n).astype(np.uint16)
+    ids.tofile(f'{folder}/train.bin')
+    ids[:400].tofile(f'{folder}/val.bin')
+    meta = dict(dtype='uint16', vocab_size=10, tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True}, eos_id=9, bos_id=9, wrap=False,
+                train=dict(tokens=n, sha256='x'), val=dict(tokens=400, sha256='y'))
+    with open(f'{folder}/meta.json', 'w') as f:
+        json.dump(meta, f)
+    return meta
+
+
+def test_data_that_shrinks_while_we_train(monkeypatch):
+    """Reading a mapped file beyond its end is SIGBUS, which would be an end without a word."""
+    monkeypatch.setattr(train, 'open_data', Tokens)
+    prepared('set')
+    args = [f'--dataset={os.getcwd()}/set', '--block_size=16', '--max_iters=12', '--checkpoint_interval=4', '--eval_interval=100']
+    whole = go('whole', *args)
+    shutil.copy('set/train.bin', 'train.bin')
+    with monkeypatch.context() as m:
+        raise_at(m, checkpoint.method_class('mdlm')[0], 6, lambda: os.truncate('set/train.bin', 1000))
+        assert 'set/train.bin; put it back' in tells(go, 'a', *args)
+    assert checkpoint.load('a/ckpt.pt')['step'] in (4, 8)  # batches are read a step ahead
+    assert 'data file shrank: ' in tells(go, 'a', *args)
+    shutil.copy('train.bin', 'set/train.bin')
+    assert go('a', *args) == whole
+
+
+def test_latents_that_shrink():
+    prepared('set')
+    tokens = Tokens(f'{os.getcwd()}/set', 'val', 16)
+    folder, meta = latents_of(tokens, 'enc', 1, 4)
+    os.mkdir(folder)
+    np.zeros((len(tokens), 1, 4), np.uint16).tofile(f'{folder}/val.bin')
+    with open(f'{folder}/meta.json', 'w') as f:
+        json.dump(meta, f)
+    data = WithLatents(tokens, 'enc', 1, 4)
+    assert data.batch(0, 0, range(3))[1].shape == (3, 1, 4)
+    os.truncate(f'{folder}/val.bin', 8)
+    assert 'shrank' in tells(data.rows, [20])
+
+
+def test_prepared_anew_under_a_run():
+    """What is renamed over an open file does not touch it: the run goes on with the tokens it began with."""
+    prepared('set')
+    tokens = Tokens(f'{os.getcwd()}/set', 'train', 16)
+    before = tokens.rows([5])
+    open('new', 'w').close()
+    os.replace('new', 'set/train.bin')
+    assert torch.equal(tokens.rows([5]), before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# damaged and foreign files
+
+def test_a_log_full_of_rubbish():
+    whole = go('a', '--max_iters=4')
+    lines = open('a/log.jsonl', 'rb').read().splitlines(keepends=True)
+    rubbish = [b'[]\n', b'3\n', b'null\n', b'\xff\xfe\n', b'{"step": "3"}\n', b'{"st\n', b'\n', b'[' * 100000 + b'\n', b'{"step": 9}\n', b'\0' * 50 + b'\n', b'{"step": 1}']
+    with open('a/log.jsonl', 'wb') as f:
+        f.writelines(line for pair in zip(lines, rubbish) for line in pair)
+        f.writelines(rubbish[len(lines):])
+    assert go('a', '--max_iters=6')[:4] == whole and open('a/log.jsonl', 'rb').read().startswith(b''.join(lines[:4]))
+
+
+def test_damaged_checkpoints():
+    """Cut anywhere, a byte changed anywhere: the line, or numbers that are not what they were; never a traceback, and never another file."""
+    go('a', '--max_iters=2', '--log_interval=100', '--eval_interval=100')
+    good, rng = open('a/ckpt.pt', 'rb').read(), random.Random(0)
+    pickled = good.index(b'data.pkl')
+    os.mkdir('b')
+    told = 0
+    for i in range(150):
+        data = bytearray(good)
+        if i % 3 == 0:
+            data = data[:rng.randrange(len(data))]
+        elif i % 3 == 1:  # where the names and shapes are
+            data[pickled + rng.randrange(8000)] ^= 1 << rng.randrange(8)
+        else:
+            at = rng.randrange(len(data))
+            data[at:at + rng.randrange(1, 3000)] = b'' if rng.random() < 0.5 else rng.randbytes(9)
+        with open('b/ckpt.pt', 'wb') as f:
+            f.write(data)
+        told += tells(checkpoint.load_method, 'b', 'cpu') is not None
+        assert os.listdir('b') == ['ckpt.pt'] and sorted(os.listdir('.')) == ['a', 'b']
+    assert told > 100
+
+
+@pytest.mark.parametrize('changes', [
+    {'optimizer': None}, {'tokens': None}, {'config': {}}, {'config': {'method': 'os'}}, {'config': {'method': ['mdlm']}}, {'config': [1]}, {'model': [1]}, {'model': {'x': torch.zeros(2)}},
+    {'ema': 3}, {'step': None}, {'format': 2}, {'format': None}])
+def test_a_checkpoint_of_somebody_else(changes):
+    """Entries missing (None) or of another kind."""
+    go('a', '--max_iters=2')
+    saved = {**checkpoint.load('a/ckpt.pt'), **changes}
+    torch.save({k: v for k, v in saved.items() if v is not None}, 'a/ckpt.pt')
+    before = files()
+    assert 'a' in tells(go, 'a', '--max_iters=4')
+    if not {'optimizer', 'tokens'} & changes.keys():  # what only training needs
+        assert tells(checkpoint.load_method, 'a', 'cpu')
+    assert files() == before
+
+
+ODD = [None, True, -1, 0, 3, 2**40, 10**30, 1.5, float('nan'), '', 'x', 'gpt3', '../..', '/', '\0', 'é\ud800', 'char', 'huggingface', 'y' * 5000, [], [1], ['char'], {}, {'kind': 'char'},
+       {'kind': 'huggingface', 'name': '../../x'}, {'kind': 'char', 'chars': 'ab', 'eos': False}]
+
+
+def mutated(value, rng):
+    """A copy with something odd at a random place of its tree."""
+    if not (isinstance(value, dict) and value) or rng.random() < 0.2:
+        return rng.choice(ODD)
+    value, key = dict(value), rng.choice(list(value))
+    action = rng.random()
+    if action < 0.15:
+        del value[key]
+    elif action < 0.25:
+        value[rng.choice(list(value))] = value[key]
+    else:
+        value[key] = mutated(value[key], rng)
+    return value
+
+
+def use(folder):
+    """All that is done with a prepared set."""
+    for split in ('train', 'val'):
+        tokens = Tokens(folder, split, 16)
+        tokens.batch(0, 0, range(2))
+        tokens.rows([0])
+        tok = load_tokenizer(tokens.meta)
+        tok.encode('abc')
+        tok.decode(range(tokens.vocab_size)).encode()
+        latents_of(tokens, 'enc', 1, 4)
+    read_prompt('a[MASK:2]', sample.open_tokenizer({'dataset': folder}), 16, make('mdlm'))
+
+
+def test_mutated_meta():
+    good, rng, told = prepared('set', n=500), random.Random(0), 0
+    for _ in range(400):
+        text = json.dumps(mutated(good, rng)).encode()
+        if rng.random() < 0.4:
+            text = bytearray(json.dumps(good).encode())
+            for _ in range(rng.randrange(1, 4)):
+                text[rng.randrange(len(text))] = rng.choice([*b'{}[]":,0123456789.-eE tfn\\', rng.randrange(256)])
+        with open('set/meta.json', 'wb') as f:
+            f.write(text)
+        told += tells(use, f'{os.getcwd()}/set') is not None
+    assert 200 < told < 400 and sorted(os.listdir('set')) == ['meta.json', 'train.bin', 'val.bin'] and os.listdir('.') == ['set']
+
+
+def test_meta_of_no_file(monkeypatch):
+    os.makedirs('set/meta.json')
+    assert 'damaged' in tells(Tokens, f'{os.getcwd()}/set', 'train', 16)
+    assert 'damaged' in tells(Tokens, 'x' * 5000, 'train', 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# nothing that is read can run code
+
+def test_no_reader_of_ours_runs_code():
+    """By the source: no eval, exec or pickle; torch.load with weights_only=True."""
+    for path in glob.glob(f'{ROOT}/*.py') + glob.glob(f'{ROOT}/data/**/*.py', recursive=True):
+        for node in ast.walk(ast.parse(open(path, encoding='utf-8').read())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [a.name for a in node.names] + [getattr(node, 'module', None)]
+                assert not {'pickle', 'marshal', 'shelve', 'dill', 'joblib', 'runpy'} & set(names), path
+            if isinstance(node, ast.Call):
+                called, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert called not in ('eval', 'exec', 'compile', '__import__', 'os.system'), (path, node.lineno)
+                assert called != 'torch.load' or keywords.get('weights_only') == 'True', (path, node.lineno)
+                assert keywords.get('allow_pickle', 'False') == 'False' and keywords.get('trust_remote_code', 'False') == 'False', (path, node.lineno)
+
+
+def test_a_tokenizer_cannot_run_code(monkeypatch):
+    """transformers would ask, and a careless "y" would run it."""
+    pytest.importorskip('transformers')
+    os.mkdir('tok')
+    with open('tok/tokenizer_config.json', 'w') as f:
+        json.dump({'tokenizer_class': 'Mine', 'auto_map': {'AutoTokenizer': ['mine.Mine', None]}}, f)
+    with open('tok/mine.py', 'w') as f:
+        f.write('open("ran", "w")\nclass Mine: pass\n')
+    monkeypatch.setattr('builtins.input', lambda *args: 'y')
+    assert 'cannot load the tokenizer' in tells(load_tokenizer, {'tokenizer': {'kind': 'huggingface', 'name': 'tok'}})
+    assert not os.path.exists('ran')
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# whatever fingers may type
+
+BITS = ['(', ')', '[', ']', '{', '}', "'", '"', '*', '**', '+', '-', '/', '//', '%', '0', '1', '9', '60', '.5', '1e4', '1e300', 'e', '_', 'j', 'x', '0x', 'True', 'None', 'nan',
+        'inf', ' ', '\t', '\n', '\\', '#', '=', ',', ':', ';', '@', 'é', '\u202e', '\ud800', '\0', 'lambda:', '9**60*', '9**9**9', '__import__("os")', 'f"{1}"', 'not ', '~', '...']
+
+
+def garble(rng, most=8):
+    return ''.join(rng.choices(BITS, k=rng.randrange(most)))
+
+
+@pytest.mark.filterwarnings('ignore::SyntaxWarning')
+def test_arguments_of_any_text():
+    """The configurator alone: thousands of values and config files."""
+    defaults, rng, told = dict(method='mdlm', whole=1, rate=0.5, flag=False, name='x', out_dir='out'), random.Random(0), 0
+    for i in range(3000):
+        key = rng.choice([*defaults, 'nmae', '', garble(rng)])
+        argv = [rng.choice([f'--{key}={garble(rng)}', f'--{key}', garble(rng), f'{key}={garble(rng)}'])]
+        if i % 3 == 0:
+            with open('config.py', 'w', encoding='utf-8', errors='replace') as f:
+                f.writelines(rng.choice([f'{key} = {garble(rng)}\n', f'{garble(rng)}\n', f'{key} = 2 ** 5 # {garble(rng)}\n']) for _ in range(rng.randrange(1, 3)))
+            argv.insert(rng.randrange(2), 'config.py')
+        told += tells(configure, defaults, argv, checkpoint.method_fields) is not None
+    assert 1500 < told < 3000
+    for text in ('*'.join(['9**60'] * 6), '*'.join(['9**60'] * 100), '1' * 400, '1' * 4000, '-' + '9' * 309, '1' * 5000):
+        for key in ('whole', 'rate', 'flag'):
+            assert f'{key} wants' in tells(configure, defaults, [f'--{key}={text}'])
+
+
+METHODS = {  # each with all of its parts
+    'mdlm': [], 'ar': ['--method=ar'], 'co': ['--method=ladd', '--latent_layers=1', '--encoder_layers=1', '--num_latents=2', '--latent_dim=4'],
+    'di': test_train.TWO_STAGES, 'ldlm': test_train.ONE_AND_TWO['ldlm']}
+
+
+def test_any_key_of_any_method():
+    """Two steps of training with one to three keys set to something odd: it trains, or says what is wrong."""
+    rng, told = random.Random(0), 0
+    odd = ['-1', '0', '1', '2', '3', '7', '-0.5', '0.5', '1.5', '1e-9', '1e9', '1e18', '', 'x', 'True', 'linear', 'nan', '-1e300']
+    big = {'hidden', 'num_layers', 'num_heads', 'cond_dim', 'num_latents', 'latent_dim', 'codebook_size', 'encoder_layers', 'latent_layers', 'decoder_layers',
+           'adaptive_bins', 'batch_size', 'max_iters'}  # their sizes are the machine's limit, not ours
+    for _ in range(400):
+        name = rng.choice(list(METHODS))
+        keys = {**train.defaults, **checkpoint.method_fields('ladd' if name in ('co', 'di') else name)}
+        keys = [k for k in keys if k not in ('out_dir', 'init_from', 'wandb', 'compile', 'device', 'method', 'encoder', 'token_encoder')]
+        values = [(k, rng.choice([v for v in odd if v not in ('1e9', '1e18') or k not in big])) for k in rng.choices(keys, k=rng.randrange(1, 4))]
+        told += tells(go, 'a', *METHODS[name], '--max_iters=2', '--eval_seqs=4', '--init_from=scratch', *(f'--{k}={v}' for k, v in values)) is not None
+    assert 200 < told < 395
+
+
+def test_prompts_of_any_text():
+    rng, method, told = random.Random(0), make('mdlm'), 0
+    parts = ['[MASK]', '[MASK:3]', '[MASK:0]', '[MASK:-1]', '[MASK:', '[MASK:x]', '[MASK:1e3]', '[MASK:٣]', '[MASK:²]', '[mask]', f'[MASK:{"9" * 5000}]', f'[MASK:{10**18}]', '[[MASK]]',
+             '[', ']', ':', 'a', 'bc', 'Z', 'é', '\U0001f469\u200d\U0001f680', '\ud800', '\0', '<|endoftext|>', '\n', ' ']
+    for every_character in (False, True):
+        tok = load_tokenizer({'kind': 'char', 'chars': ''.join(sorted(set(''.join(parts)) - {'\ud800'})) if every_character else CHARS, 'eos': True})
+        for _ in range(1000):
+            tok.wrap = rng.random() < 0.5
+            told += tells(read_prompt, ''.join(rng.choices(parts, k=rng.randrange(1, 7))), tok, 12, method) is not None
+    assert 500 < told < 1900
+
+
+def test_prompts_on_the_command_line():
+    for name in ('mdlm', 'ar', 'co'):
+        make(name, 'out/' + name)
+    rng = random.Random(0)
+    parts = ['[MASK]', '[MASK:3]', f'[MASK:{"9" * 5000}]', 'a', 'bc', 'Z', '\ud800']
+    for _ in range(40):
+        start = ''.join(rng.choices(parts, k=rng.randrange(5)))
+        tells(sample.main, [f'--out_dir=out/{rng.choice(["mdlm", "ar", "co"])}', '--device=cpu', '--num_samples=2', '--steps=2', f'--start={start}'])
