@@ -172,6 +172,8 @@ def main(argv):
     config = configure(defaults, argv, method_fields)
     c = SimpleNamespace(**config)
     check(c, 1)
+    if c.method == 'ldlm':
+        raise UserError('bench.py knows mdlm, ladd and ar: LDLM has no masked rows to save, and several networks to count')
     device = pick_device(c.device)
     if c.vocab_size and not c.block_size:
         raise UserError('random tokens (vocab_size) want a block_size too')

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import mdlm
 from configurator import UserError
 from encoders import check_tokenizer, open_encoder, pool
-from mdlm import alpha, ancestral, choose, draw_tokens, elbo_weight, pairs, time_grid
+from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, time_grid
 from model import DiT
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def everyone(rows):
 
 
 def in_fp32(method):
-    """Autocast stays out: code choice and running averages deserve fp32."""
+    """Autocast stays out: code choice and running averages deserve better than bf16."""
     @functools.wraps(method)
     def inner(self, e, *args, **kwargs):
         with torch.autocast(e.device.type, enabled=False):
@@ -127,6 +127,7 @@ class Quantizer(nn.Module):
         self.register_buffer('codebook', F.normalize(torch.randn(size, dim), dim=-1))  # unit vectors
         self.register_buffer('counts', torch.full((size,), dead_below))  # running mean of the vectors per batch that chose each code
         self.register_buffer('sums', self.codebook * dead_below)  # running mean of their sum
+        self.waiting = []  # (vectors, codes) of the micro-batches of this step so far
 
     @in_fp32
     def nearest(self, e):
@@ -148,14 +149,18 @@ class Quantizer(nn.Module):
     def forward(self, e, noise=None):
         """Unit vectors e (b, M, D) -> quantised with a straight-through gradient, codes (b, M), commitment loss, LADD eq. (74).
 
-        With noise given (stage 1 of training) the codebook moves after its codes were read.
+        With noise given (stage 1 of training) the codebook moves after its codes were read, once per step: with the last micro-batch.
         """
         codes = self.nearest(e)
         quantised = self.codebook[codes]
         loss = self.commitment * F.mse_loss(e, quantised)
         straight = e + (quantised - e).detach()
         if noise is not None:
-            self.update(everyone(e.detach()).flatten(0, 1), everyone(codes).flatten(), noise)
+            self.waiting.append((everyone(e.detach()), everyone(codes)))
+            if sum(len(part) for _, part in self.waiting) == noise.total:
+                e_all, codes_all = (torch.cat(parts).flatten(0, 1) for parts in zip(*self.waiting))
+                self.update(e_all, codes_all, noise)
+                self.waiting = []
         return straight, codes, loss
 
     @torch.no_grad()

@@ -211,7 +211,7 @@ class Config:
     num_heads: int = 12
     cond_dim: int = 768
     dropout: float = 0.0
-    self_conditioning: float = 0.5  # share of texts whose denoiser sees its own first estimate [paper]
+    self_conditioning: float = 0.5  # share of texts whose denoiser sees its own first estimate [second-hand; the text lost it]
     tangent: float = 3.0  # d of the schedule [second-hand]
     # the autoencoder; its heads are as wide as the denoiser's
     token_encoder: str = 'gpt2'  # hub id, folder, out/NAME of ar.py | scratch: trained embeddings
@@ -315,9 +315,10 @@ class LDLM(nn.Module):
         chunks = h.flatten(0, 1).split(rows_at_once(self.config.vocab_size, z.device))
         return torch.cat([self.head(chunk).argmax(dim=-1) for chunk in chunks]).view(z.shape[:2])
 
+    @torch.no_grad()
     def reconstruct(self, x):
         """Text -> latents -> text without noise: (b, L) ids."""
-        return self.interpolate(x, x, [0.0])[0]
+        return self.tokens(self.encode(self.states(x)))
 
     @torch.no_grad()
     def interpolate(self, x_a, x_b, weights):
@@ -350,8 +351,10 @@ class LDLM(nn.Module):
         trains_autoencoder = c.stage in ('joint', 'autoencoder')
         with torch.set_grad_enabled(trains_autoencoder):
             h = self.states(x)
-            seen = noise.uniform('mask_states', x.shape[1])[..., None] >= c.mask_states
-            z = self.encode(h * seen if trains_autoencoder and c.mask_states else h)
+            seen = 1.0
+            if trains_autoencoder and c.mask_states:
+                seen = noise.uniform('mask_states', x.shape[1])[..., None] >= c.mask_states
+            z = self.encode(h * seen)
         losses = []
         if c.stage in ('joint', 'diffusion'):
             logs['diff_loss'] = self.diffusion_loss(z, noise)
@@ -400,7 +403,7 @@ class LDLM(nn.Module):
     def token_loss(self, source, x):
         """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq. (3); and the accuracy at 64 places of the batch."""
         h, ids = self.token_decoder(source).flatten(0, 1), x.flatten()
-        some = torch.arange(min(64, len(ids)), device=x.device) * max(1, len(ids) // 64)
+        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not the first place of every text
         with torch.no_grad():
             accuracy = (self.head(h[some]).argmax(dim=-1) == ids[some]).float().mean()
         return head_cross_entropy(self.head, h, ids, torch.full_like(ids, 1 / len(ids), dtype=torch.float32)), accuracy

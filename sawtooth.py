@@ -281,7 +281,7 @@ def main(argv):
     from checkpoint import load_method
     from configurator import UserError, configure
     c = configure(defaults, [a for a in argv if a.startswith('-')])
-    out_dirs, n = [a for a in argv if not a.startswith('-')], c['num_samples']
+    out_dirs, n = [a for a in argv if not a.startswith('-') and not a.endswith('.png')], c['num_samples']  # out/sawtooth_* finds our pictures, too
     if not out_dirs:
         raise UserError('which runs? python sawtooth.py out/sawtooth_*')
     try:

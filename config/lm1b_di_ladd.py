@@ -12,7 +12,8 @@ What the encoder says of a text never changes. Stored once, it need not be asked
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_di_ladd.py --stored_latents=True
 
 The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. The number of steps is derived, see lm1b_mdlm.py,
-and that of stage 1 is OpenWebText's: our choice.
+and that of stage 1 is OpenWebText's: our choice. ("We only consider Stage 2 training", says the paper of LM1B; but a codebook has to
+come from somewhere.)
 """
 dataset = 'lm1b'
 method = 'ladd'

@@ -13,9 +13,9 @@ The recipe, one part at a time (each wants an out_dir of its own):
     times                         --adaptive_t=False
     decoder-input noise           --sigma_dec=0                        or 1, 5, ...
 Spaces compared (table 2), by the same denoiser and token decoder:
-    trained embeddings            --token_encoder=scratch --latent_encoder=none --reconstruction=ce --sigma_dec=.5
-    frozen embeddings             --layer=0 --latent_encoder=none --sigma_dec=.5
-    frozen states (TEncDM-like)   --latent_encoder=none --sigma_dec=.5
+    trained embeddings            --latent_encoder=none --decoder_layers=3 --sigma_dec=.5 --token_encoder=scratch --reconstruction=ce
+    frozen embeddings             --latent_encoder=none --decoder_layers=3 --sigma_dec=.5 --layer=0
+    frozen states (TEncDM-like)   --latent_encoder=none --decoder_layers=3 --sigma_dec=.5
     autoencoder first, frozen     --stage=autoencoder --mask_states=.3 --sigma_dec=1 --out_dir=out/autoencoder
       then (COSMOS-like)          --stage=diffusion --init_from=out/autoencoder --sigma_dec=1
 Architecture (appendix B):

@@ -186,6 +186,18 @@ def test_quantizer_is_its_plain_definition(size, b):
     assert 0 < revived < 30 * size
 
 
+def test_micro_batches_move_the_codebook_once():
+    """In three parts or at once: the same codes, and the same codebook after the last part, not before."""
+    e = unit(6, 4, 4)
+    whole_q, q, noise = Quantizer(16, 4), Quantizer(16, 4), whole(6)
+    q.load_state_dict(whole_q.state_dict())
+    before, codes = q.codebook.clone(), whole_q(e, noise)[1]
+    for i in (0, 2, 4):
+        assert torch.equal(q.codebook, before)
+        assert torch.equal(q(e[i:i + 2], noise[i:i + 2])[1], codes[i:i + 2])
+    assert torch.equal(q.codebook, whole_q.codebook) and not torch.equal(q.codebook, before) and q.waiting == []
+
+
 def test_codebook_rests_without_noise():
     q = Quantizer(6, 4)
     before = {k: v.clone() for k, v in q.state_dict().items()}

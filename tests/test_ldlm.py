@@ -388,7 +388,7 @@ def test_the_loss_is_the_sum_of_its_parts():
         torch.testing.assert_close(logs['state_loss'], ((h_hat - h) ** 2).mean())
         logits = model.head(model.token_decoder(h_hat))
         torch.testing.assert_close(logs['token_loss'], F.cross_entropy(logits.flatten(0, 1), x.flatten()))
-        assert float(logs['accuracy']) == pytest.approx(float((logits.argmax(-1).flatten()[:64] == x.flatten()[:64]).float().mean()))
+        assert float(logs['accuracy']) == pytest.approx(float((logits.argmax(-1).flatten()[::2] == x.flatten()[::2]).float().mean()))
         torch.testing.assert_close(logs['latent_norm'], (z**2).sum(-1).sqrt().mean())
         torch.testing.assert_close(logs['latent_var'], torch.stack([z[..., i].var() for i in range(D)]).mean())
     assert all(v.isfinite() and not v.requires_grad for v in logs.values())
