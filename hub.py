@@ -35,12 +35,15 @@ def fetch(hub_id):
         except (OSError, ValueError) as e:  # its own errors are among them: no network, no such repository, no valid name
             raise UserError(f'cannot fetch {hub_id} from the hub ({type(e).__name__}: {first_line(e)}); it needs a network, '
                             f'or a folder with config.json and {FILES[0]}') from e
-    with open(config, encoding='utf-8') as f:
-        config = json.load(f)
-    if weights.endswith('.bin'):
-        return config, torch.load(weights, map_location='cpu', weights_only=True)
-    from safetensors.torch import load_file
-    return config, load_file(weights)
+    try:
+        with open(config, encoding='utf-8') as f:
+            config = json.load(f)
+        if weights.endswith('.bin'):
+            return config, torch.load(weights, map_location='cpu', weights_only=True)
+        from safetensors.torch import load_file
+        return config, load_file(weights)
+    except Exception as e:  # whatever a damaged file makes the readers stumble over
+        raise UserError(f'cannot read {weights} and its config.json ({type(e).__name__}: {first_line(e)}); are they whole?') from e
 
 
 def convert(state, num_layers):
@@ -87,6 +90,6 @@ def load_hub(hub_id, device):
                       hidden=c['hidden_dim'], num_layers=c['n_blocks'], num_heads=c['n_heads'], cond_dim=c['cond_dim'], dropout=c['dropout'])
         method = build(config)
         method.load_state_dict(convert(state, config['num_layers']))
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f'{hub_id} is not an MDLM without time conditioning in the layout of kuleshov-group/mdlm-owt ({first_line(e)})') from e
     return method.to(device).eval(), config

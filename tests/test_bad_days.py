@@ -7,6 +7,7 @@ import contextlib
 import glob
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -21,6 +22,7 @@ import test_train
 import train
 from configurator import UserError, configure
 from data.tokens import Tokens, WithLatents, latents_of, load_tokenizer
+from hub import load_hub
 from sample import read_prompt
 from test_sample import CHARS, make
 from test_train import go, log, losses, open_toy, raise_at, same, weights
@@ -309,6 +311,28 @@ def test_meta_of_no_file(monkeypatch):
     os.makedirs('set/meta.json')
     assert 'damaged' in tells(Tokens, f'{os.getcwd()}/set', 'train', 16)
     assert 'damaged' in tells(Tokens, 'x' * 5000, 'train', 16)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ('bomb',)
+
+
+@pytest.mark.parametrize('change', [{}, {'hidden_dim': 'x'}, {'hidden_dim': -16}, {'n_heads': None}, [], 'half'])
+@pytest.mark.parametrize('weights', ['half', 'text', 'list', 'numbers', 'pickle', 'safetensors'])
+def test_damaged_published_weights(change, weights):
+    """A download that was cut short, or something else under that name."""
+    config = dict(time_conditioning=False, vocab_size=10, model_length=8, hidden_dim=16, n_blocks=1, n_heads=2, cond_dim=8, dropout=0.0)
+    text = json.dumps(config)[:40] if change == 'half' else json.dumps(config | change if isinstance(change, dict) else change)
+    os.mkdir('hub')
+    with open('hub/config.json', 'w') as f:
+        f.write(text)
+    path = 'hub/model.safetensors' if weights == 'safetensors' else 'hub/pytorch_model.bin'
+    torch.save({'list': [1, 2], 'numbers': {'a': 1}, 'half': {'a': torch.zeros(9)}}.get(weights), path)
+    content = open(path, 'rb').read()
+    with open(path, 'wb') as f:
+        f.write({'half': content[:300], 'text': b'hello', 'pickle': pickle.dumps(Bomb(), protocol=2), 'safetensors': b'xx'}.get(weights, content))
+    assert tells(load_hub, 'hub', 'cpu') and os.listdir('.') == ['hub']
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
