@@ -401,8 +401,8 @@ def recording(params, loss, world):
 
 train.build, train.average_gradients = build_random, recording
 for name, args in {ONE_AND_TWO!r}.items():
-    for world in (1, 2):  # each accumulates over two micro-batches
-        args = [*{TINY!r}, *args, '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}', f'--micro_batch={{4 // world}}']
+    for world, micro in ((1, 0), (2, 2)):  # two processes that accumulate over two micro-batches each, and one that does not
+        args = [*{TINY!r}, *args, '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}', f'--micro_batch={{micro}}']
         assert set(processes(world, args, lambda rank: where.append(f'{{name}}{{world}}.{{rank}}.pt'))) == {{0}}
 """)
     assert r.returncode == 0, r.stderr
