@@ -30,7 +30,7 @@ class HubEncoder:
         try:
             import transformers
             transformers.utils.logging.disable_progress_bar()  # of loading; our own bars come right after it
-            self.model = transformers.AutoModel.from_pretrained(name).float().to(device).eval().requires_grad_(False)
+            self.model = transformers.AutoModel.from_pretrained(name, trust_remote_code=False).float().to(device).eval().requires_grad_(False)
         except ImportError as e:
             raise UserError(f'the encoder {name} needs `pip install transformers`; an AR checkpoint of ours does not: --encoder=out/NAME') from e
         except Exception as e:  # the hub fails in as many ways as it has layers

@@ -216,7 +216,7 @@ def open_teacher(name, config, tok, device):
         cache_only_if_offline()
         try:
             import transformers
-            teacher = transformers.AutoModelForCausalLM.from_pretrained(name).float().to(device).eval()
+            teacher = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).float().to(device).eval()
         except ImportError as e:
             raise UserError(f'the teacher {name} needs `pip install transformers`; an AR checkpoint of ours does not: --teacher=out/NAME') from e
         except Exception as e:  # the hub fails in as many ways as it has layers

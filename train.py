@@ -213,7 +213,9 @@ def check_fits(checkpoint, config, method, out_dir):
     if not {'optimizer', 'tokens'} <= checkpoint.keys():
         raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
     old = checkpoint['config']
-    changed = [k for k in ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'num_latents') if old.get(k, '') != config.get(k, '')]
+    # what gives the weights another meaning without giving them another shape
+    meanings = ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'num_latents', 'token_encoder', 'layer', 'stage', 'decode_from')
+    changed = [k for k in meanings if old.get(k, '') != config.get(k, '')]
     shapes = {k: v.shape for k, v in method.state_dict().items()}
     if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
         changed = [k for k in method_fields(config['method']) if old.get(k) != config.get(k)] or ['the code']
