@@ -37,4 +37,4 @@ weight_decay = 0.03
 ema = 0.999
 eval_interval = 1000
 eval_seqs = 871  # the whole validation text
-compile = True  # two fifths off each step; without a C++ compiler: --compile=False
+compile = True  # a third off each step; without a C++ compiler: --compile=False

@@ -431,6 +431,8 @@ def test_prompts_on_the_command_line():
         make(name, 'out/' + name)
     rng = random.Random(0)
     parts = ['[MASK]', '[MASK:3]', f'[MASK:{"9" * 5000}]', 'a', 'bc', 'Z', '\ud800']
+    told = 0
     for _ in range(40):
         start = ''.join(rng.choices(parts, k=rng.randrange(5)))
-        tells(sample.main, [f'--out_dir=out/{rng.choice(["mdlm", "ar", "co"])}', '--device=cpu', '--num_samples=2', '--steps=2', f'--start={start}'])
+        told += None is not tells(sample.main, [f'--out_dir=out/{rng.choice(["mdlm", "ar", "co"])}', '--device=cpu', '--num_samples=2', '--steps=2', f'--start={start}'])
+    assert 0 < told < 40
