@@ -191,12 +191,12 @@ def mean(values):
 
 
 def curves(records):
-    """Records -> {curve: {steps: mean SWD over seeds}}."""
+    """Records -> {curve: {steps: [SWD of each run]}}."""
     names = dict.fromkeys((r['name'], r['strategy']) for r in records if 'swd' in r and 'strategy' in r)
     found = {}
     for name, strategy in names:
         mine = [r for r in records if 'swd' in r and (r['name'], r.get('strategy')) == (name, strategy)]
-        found['MDLM' if name == 'MDLM' else f'{name} {strategy}'] = {T: mean([r['swd'] for r in mine if r['steps'] == T])
+        found['MDLM' if name == 'MDLM' else f'{name} {strategy}'] = {T: [r['swd'] for r in mine if r['steps'] == T]
                                                                        for T in sorted({r['steps'] for r in mine})}
     return found
 
@@ -223,9 +223,10 @@ def print_tables(records):
     table, floor = curves(records), [r for r in records if r['name'] == 'data']
     steps = sorted({T for curve in table.values() for T in curve})
     print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {mean([r["swd"] for r in floor]):.4f}')
-    print(f'  {"token steps":24s}' + ''.join(f'{T:>8d}' for T in steps))
+    print(f'  {"token steps":24s}' + ''.join(f'{T:>8d}' for T in steps) + '   runs')
     for name, curve in sorted(table.items(), key=lambda kv: kv[0].startswith('exact')):
-        print(f'  {name:24s}' + ''.join(f'{curve[T]:8.4f}' if T in curve else '       -' for T in steps))
+        runs = dict.fromkeys(str(len(curve[T])) for T in steps if T in curve)
+        print(f'  {name:24s}' + ''.join(f'{mean(curve[T]):8.4f}' if T in curve else '       -' for T in steps) + f'   {", ".join(runs)}')
 
 
 def figure(records, path):
@@ -238,7 +239,7 @@ def figure(records, path):
     plt.figure(figsize=(7, 4.2))
     for name, curve in curves(records).items():
         style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
-        plt.plot(list(curve), list(curve.values()), color=colors[name], label=name, **style)
+        plt.plot(list(curve), [mean(v) for v in curve.values()], color=colors[name], label=name, **style)
     plt.axhline(mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
     plt.gca().xaxis.set_major_formatter('{x:.0f}')
@@ -280,6 +281,7 @@ defaults = dict(
 def main(argv):
     from checkpoint import load_method
     from configurator import UserError, configure
+    from eval import fingerprint
     c = configure(defaults, [a for a in argv if a.startswith('-')])
     out_dirs, n = [a for a in argv if not a.startswith('-') and not a.endswith('.png')], c['num_samples']  # out/sawtooth_* finds our pictures, too
     if not out_dirs:
@@ -300,10 +302,11 @@ def main(argv):
             raise UserError(f'{out_dir} was trained on {checkpoint["config"]["dataset"]}, not on sawtooth')
         if c['compile']:
             method.dit.compile()
-        common = dict(name=label(method.config), out_dir=out_dir, step=checkpoint['step'], seed=checkpoint['config']['seed'])
+        common = dict(name=label(method.config), out_dir=out_dir, step=checkpoint['step'], seed=checkpoint['config']['seed'],
+                      weights=fingerprint(method))
         path = os.path.join(out_dir, 'sawtooth.jsonl')  # measured once: sampling is what takes long
         known = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
-        known = [r for r in known if r['step'] == checkpoint['step'] and (r['n'] == n or 'kl' in r)]
+        known = [r for r in known if r['weights'] == common['weights'] and (r['n'] == n or 'kl' in r)]
 
         def keep(record):
             known.append({**common, **record})

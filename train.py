@@ -306,8 +306,9 @@ def main(argv):
         torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name in names])
         checkpoint = None  # it is four times as large as the weights
     if c.compile:  # in place: the names in the state dict stay as they are
-        for module in [method] if device.type == 'cuda' else [m for m in method.modules() if isinstance(m, DiT)]:
-            module.compile()  # elsewhere the head keeps out: its number of rows changes from step to step
+        transformers = [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
+        for module in [method] if device.type == 'cuda' else transformers:
+            module.compile()  # on a CPU the head keeps out: its number of rows changes from step to step
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     if world > 1:
         connect('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')

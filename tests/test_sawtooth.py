@@ -4,6 +4,7 @@ Statistical bounds are 4.5 standard errors; of SWD, 4 of the standard deviations
 (200 independent draws of N = 20,480 with 1000 directions). Seeds are fixed.
 """
 import functools
+import json
 import os
 from math import log
 from types import SimpleNamespace
@@ -236,8 +237,14 @@ def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
         assert all(text in out for text in ('Di-LADD, clean latent', 'Di-LADD joint', 'exact joint ahead', 'data against data'))
     assert len(open('out/m/sawtooth.jsonl').readlines()) == 5 and len(open('out/d/sawtooth.jsonl').readlines()) == 6
     assert os.path.exists('out/fig.png') and os.path.exists('out/fig_samples.png')
+    train.main(['--method=mdlm', '--out_dir=out/m', '--init_from=scratch', '--seed=1', *tiny])  # other weights: what is kept is not theirs
     sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
-    assert 'Di-LADD seq' in capsys.readouterr().out
+    assert 'Di-LADD seq' in capsys.readouterr().out and len(open('out/m/sawtooth.jsonl').readlines()) == 5 + 4
+    sawtooth.main(['out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
+    table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.split('token steps')[1].splitlines()[1:4]}
+    kept = [json.loads(line) for line in open('out/m/sawtooth.jsonl')]
+    swds = [[r['swd'] for r in kept if r.get('steps') == T] for T in (1, 2)]
+    assert table['MDLM'] == [f'{sum(swds[0]) / 2:.4f}', f'{swds[1][0]:.4f}', '2,', '1']  # means, and of how many runs
     for bad in ([], ['out/none'], ['out/m', '--steps=one'], ['gone.jsonl']):
         with pytest.raises(UserError):
             sawtooth.main(bad)
