@@ -1,5 +1,5 @@
 """
-Checkpoints: an atomic write, a read that runs no code, and the way from out_dir to a method.
+Checkpoints: an atomic write, a read that runs no code, and the way from out_dir to a method. And lines of .jsonl, weights, devices by name.
 
 A checkpoint is a dict of numbers, strings and tensors:
     format      1
@@ -11,8 +11,12 @@ A checkpoint is a dict of numbers, strings and tensors:
 """
 import contextlib
 import dataclasses
+import errno
 import importlib
+import json
+import math
 import os
+import zlib
 
 import torch
 
@@ -20,6 +24,11 @@ from configurator import UserError, nearest
 
 METHODS = {'mdlm': 'MDLM', 'ladd': 'LADD', 'ar': 'AR', 'ldlm': 'LDLM'}  # the file is the name in small letters
 FORMAT = 1
+
+
+def is_run(name):
+    """Whether a name means a run of ours; any other is of the Hugging Face hub, or a folder of its format."""
+    return name.startswith('out/') or os.path.exists(os.path.join(name, 'ckpt.pt'))
 
 
 def method_class(name):
@@ -63,6 +72,23 @@ def save(path, checkpoint):
         raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or "is the disk full?"}); {kept}') from e
 
 
+def json_line(record):
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}) + '\n'  # JSON has no NaN
+
+
+def append(path, *records):
+    """At the end of a .jsonl file, whole or not at all. UserError if it cannot be written, which `append(path)` finds out beforehand."""
+    lines = ''.join(map(json_line, records)).encode()
+    try:
+        with open(path, 'ab', buffering=0) as f:
+            written = f.write(lines)  # at once: a reader never sees half a line
+            if written < len(lines):
+                f.truncate(f.tell() - written)
+                raise OSError(errno.ENOSPC, 'the disk is full')
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror})') from e
+
+
 def load(path):
     """The dict in a checkpoint file, on the CPU. UserError if the file is missing, truncated or of another kind."""
     if not os.path.isfile(path):
@@ -94,6 +120,14 @@ def load_method(out_dir, device, ema=True):
     return method.to(device).eval(), checkpoint
 
 
+def fingerprint(module):
+    """Of all weights, 8 hex digits: what was made with them names them, and a run that was trained on in the same folder has others."""
+    crc = 0
+    for tensor in module.state_dict().values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f'{crc:08x}'
+
+
 def pick_device(name):
     """'auto' | 'cpu' | 'cuda' | 'mps' -> torch.device; under torchrun each process takes its own GPU."""
     name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -103,3 +137,7 @@ def pick_device(name):
     if name == 'cuda':
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     return torch.device(name)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'

@@ -8,13 +8,11 @@ Frozen pretrained encoders: where LADD's text latents and LDLM's token states co
 They are nobody's parameters: not trained, not in any checkpoint, read again by name when something is to be encoded.
 """
 import functools
-import hashlib
 import math
-import os
 
 import torch
 
-from checkpoint import load_method
+from checkpoint import is_run, load_method
 from configurator import UserError
 from data.tokens import cache_only_if_offline, first_line, load_tokenizer
 
@@ -44,7 +42,7 @@ class HubEncoder:
         # for a summary we close what its tokenizer leaves open, as GPT-2's does; a model without EOS is read at its last token
         self.eos = [self.tokenizer.eos_id] if not self.after and self.tokenizer.eos_id is not None else []
         config = self.model.config
-        self.width, self.num_ids = config.hidden_size, self.model.get_input_embeddings().num_embeddings
+        self.width, self.num_layers, self.num_ids = config.hidden_size, config.num_hidden_layers, self.model.get_input_embeddings().num_embeddings
         self.max_tokens = getattr(config, 'max_position_embeddings', math.inf) - len(self.before) - len(self.after)
         config.use_cache = False  # a decoder would keep keys and values for a text that is not going to be continued
 
@@ -75,7 +73,7 @@ class OurEncoder:
             raise UserError(f'the encoder {out_dir} is {config["method"]}; it has to be ar, or a model of the Hugging Face hub')
         self.model.requires_grad_(False)
         self.tokenizer = load_tokenizer(config) if 'tokenizer' in config else None  # sawtooth has none
-        self.width, self.num_ids, self.max_tokens = config['hidden'], config['vocab_size'], config['block_size']
+        self.width, self.num_layers, self.num_ids, self.max_tokens = (config[k] for k in ('hidden', 'num_layers', 'vocab_size', 'block_size'))
         self.eos = []
 
     def __call__(self, x, blank=None, layer=-1, summary=True):
@@ -91,17 +89,7 @@ def open_encoder(name, device):
 
 @functools.lru_cache(maxsize=1)
 def opened(name, device):
-    ours = os.path.exists(os.path.join(name, 'ckpt.pt')) or name.startswith('out/')
-    return (OurEncoder if ours else HubEncoder)(name, device)
-
-
-def weights_sha256(encoder):
-    """A checksum of the encoder's weights, hex."""
-    sha = hashlib.sha256()
-    for name, weight in encoder.model.state_dict().items():
-        sha.update(name.encode())
-        sha.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
+    return (OurEncoder if is_run(name) else HubEncoder)(name, device)
 
 
 def check_tokenizer(encoder, data, summary=True):

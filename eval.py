@@ -37,20 +37,18 @@ sentence has the best gen_ppl of all.
 """
 import inspect
 import itertools
-import json
 import math
 import os
 import shlex
 import sys
 import time
-import zlib
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import load_method, pick_device
+from checkpoint import append, device_name, fingerprint, is_run, json_line, load_method, pick_device
 from configurator import UserError, configure, nearest, run
 from data.tokens import cache_only_if_offline, first_line, load_tokenizer, open_data
 from noise import Noise
@@ -199,17 +197,9 @@ def sampling_gflops(method, L, calls, options):
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the teacher
 
-def fingerprint(module):
-    """Of all weights, 8 hex digits: a result belongs to them, and a run that was trained anew in the same folder has others."""
-    crc = 0
-    for tensor in module.state_dict().values():
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f'{crc:08x}'
-
-
 def open_teacher(name, config, tok, device):
     """-> (score: ids (N, L) -> (nats, how many tokens were scored), and what a result says about the teacher)."""
-    hub = os.path.exists(os.path.join(name, 'config.json')) or not os.path.isdir(name) and not name.startswith('out/')
+    hub = not is_run(name)
     if hub and config.get('dataset') == 'sawtooth':
         raise UserError('sawtooth has no text: its teacher is a sawtooth AR, --teacher=out/NAME')
     if hub:
@@ -283,10 +273,6 @@ def variants(c, method):
     return [sampling_options(SimpleNamespace(**{**vars(c), 'latent_steps': n}), method) for n in numbers('latent_steps', c.latent_steps)]
 
 
-def device_name(device):
-    return torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
-
-
 def print_table(results, out):
     """The numbers, one line per result."""
     columns = ['metric', 'data', 'strategy', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction', 'smoothness', 'gen_ppl', 'entropy_position',
@@ -338,23 +324,18 @@ def main(argv):
         if not c.out_dir:
             raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
 
-    log = None
     if c.out_dir:
-        try:
-            log = os.open(os.path.join(c.out_dir, 'eval.jsonl'), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as e:
-            raise UserError(f'cannot write {c.out_dir}/eval.jsonl ({e.strerror})') from e
+        append(os.path.join(c.out_dir, 'eval.jsonl'))
     common = {'model': c.out_dir or c.init_from, 'method': config['method'], 'step': config['step'], 'weights': fingerprint(method),
               'dataset': config.get('dataset'), 'L': L, 'seed': c.seed, 'batch_size': c.batch_size, 'dtype': c.dtype, 'device': device_name(device),
               'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
     results = []
 
     def report(result):
-        result = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in {**result, **common}.items()}  # JSON has no NaN
-        line = json.dumps(result) + '\n'
-        print(line, end='', flush=True)
-        if log is not None and os.write(log, line.encode()) < len(line.encode()):  # one write: a reader never sees half a line
-            raise UserError(f'cannot write {c.out_dir}/eval.jsonl (the disk is full)')
+        result |= common
+        print(json_line(result), end='', flush=True)
+        if c.out_dir:
+            append(os.path.join(c.out_dir, 'eval.jsonl'), result)
         results.append(result)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')

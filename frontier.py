@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import eval
 import plot
-from checkpoint import pick_device
+from checkpoint import device_name, fingerprint, pick_device
 from configurator import UserError, configure, run
 from sample import load, open_tokenizer, shared, whole_file
 
@@ -58,8 +58,8 @@ def main(argv):
             raise UserError(f'{folder} has none of the strategies {c.strategies}; it has: {", ".join(method.strategies)}')
         if folder == folders[0]:
             teacher = eval.open_teacher(c.teacher, config, open_tokenizer(config), device)[1]
-        same = {'step': config['step'], 'weights': eval.fingerprint(method), 'num_samples': c.num_samples, 'seed': c.seed, 'batch_size': c.batch_size,
-                'dtype': c.dtype, 'device': eval.device_name(device), **teacher}
+        same = {'step': config['step'], 'weights': fingerprint(method), 'num_samples': c.num_samples, 'seed': c.seed, 'batch_size': c.batch_size,
+                'dtype': c.dtype, 'device': device_name(device), **teacher}
         for strategy in strategies:
             flags = {'strategy': strategy, **({'latent_steps': c.latent_steps} if strategy == 'seq' else {})}
             for options in eval.variants(SimpleNamespace(**{**eval.defaults, **vars(c), 'latent_steps': '8', **flags}), method):

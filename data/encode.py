@@ -18,10 +18,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, method_fields, pick_device
+from checkpoint import build, fingerprint, method_fields, pick_device
 from configurator import UserError, configure, run
 from data.tokens import Tokens, latents_of
-from encoders import open_encoder, weights_sha256
+from encoders import open_encoder
 from train import defaults
 
 def main(argv):
@@ -35,7 +35,7 @@ def main(argv):
         method = build({**config, 'vocab_size': splits['train'].vocab_size, 'stored_latents': False})
     method.check_data(splits['train'], device)
     folder, meta = latents_of(splits['train'], c.encoder, c.num_latents, c.latent_dim)
-    meta['encoder_sha256'] = weights_sha256(open_encoder(c.encoder, device))
+    meta['encoder_weights'] = fingerprint(open_encoder(c.encoder, device).model)
     bins, total = {split: os.path.join(folder, split + '.bin') for split in splits}, sum(map(len, splits.values()))
     if describes(folder, meta) and all(os.path.exists(path) for path in bins.values()):
         print(f'{folder} is there already')

@@ -10,6 +10,7 @@ import torch
 import checkpoint
 import mdlm
 from configurator import UserError
+from test_bad_days import disk_full
 
 CONFIG = dict(method='mdlm', vocab_size=3, block_size=8, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', learning_rate=1e-3)
 
@@ -129,3 +130,32 @@ def test_full_disk_and_kill_inside_the_write(tmp_path):
     assert checkpoint.load(path)['step'] == 1
     checkpoint.save(path, make(3))  # and the half-written file is in nobody's way
     assert os.listdir(tmp_path) == ['ckpt.pt'] and checkpoint.load(path)['step'] == 3
+
+
+def test_lines_are_appended_whole_or_not_at_all(tmp_path):
+    path = str(tmp_path / 'a.jsonl')
+    checkpoint.append(path)
+    assert os.path.getsize(path) == 0
+    checkpoint.append(path, {'a': 1, 'b': float('nan')}, {'a': 2})
+    with disk_full(40), pytest.raises(UserError, match=r'cannot write .*a.jsonl \(the disk is full\)'):
+        checkpoint.append(path, {'a': 'x' * 40})
+    checkpoint.append(path, {'a': 3})
+    assert open(path).read() == '{"a": 1, "b": null}\n{"a": 2}\n{"a": 3}\n'
+    with pytest.raises(UserError, match='cannot write .*No such file'):
+        checkpoint.append(str(tmp_path / 'nowhere' / 'a.jsonl'))
+
+
+def test_what_is_a_run_of_ours(tmp_path):
+    folder = str(tmp_path / 'a')
+    os.mkdir(folder)
+    assert checkpoint.is_run('out/gone') and not checkpoint.is_run('gpt2-large') and not checkpoint.is_run('owner/out') and not checkpoint.is_run(folder)
+    checkpoint.save(f'{folder}/ckpt.pt', make())
+    assert checkpoint.is_run(folder)
+
+
+def test_the_fingerprint_is_of_the_weights():
+    a, b = (checkpoint.build(CONFIG) for _ in range(2))
+    b.load_state_dict(a.state_dict())
+    assert checkpoint.fingerprint(a) == checkpoint.fingerprint(b) and len(checkpoint.fingerprint(a)) == 8
+    next(b.parameters()).data[0] += 1
+    assert checkpoint.fingerprint(a) != checkpoint.fingerprint(b)

@@ -244,13 +244,6 @@ def test_latent_steps_are_swept(capsys):
     assert results[2]['gflops'] - results[0]['gflops'] == pytest.approx(2 * (12 * 2 * 16**2 + 2 * 2**2 * 16) / 1e9)  # two calls over two latents
 
 
-def test_the_fingerprint_is_of_the_weights():
-    a, b = make('di'), make('di')
-    assert eval.fingerprint(a) == eval.fingerprint(b) and len(eval.fingerprint(a)) == 8
-    b.quantizer.counts[0] += 1
-    assert eval.fingerprint(a) != eval.fingerprint(b)
-
-
 class Line(torch.nn.Module):
     """A latent space in which the tokens themselves are the coordinates, and token 3 is decoded wrongly."""
 
