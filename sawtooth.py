@@ -11,6 +11,7 @@ A mixture over one number can be integrated: the exact p(x_l | visible tokens) i
 import functools
 import json
 import os
+import re
 
 import numpy as np
 import torch
@@ -46,7 +47,10 @@ class Sawtooth:
         return 2**31
 
     def report(self, method):
-        """What train.py prints at the end: token loss and SWD of the method beside the exact values, from few samples."""
+        """What train.py prints at the end: token loss and SWD of MDLM and LADD beside the exact values, from few samples."""
+        from mdlm import MDLM
+        if not isinstance(method, MDLM):
+            return
         n, steps = 4096, (1, 2, 4)
         records = [dict(r, name=label(method.config)) for r in token_losses(method, 4096)]
         for strategy in method.strategies:
@@ -187,39 +191,46 @@ def exact_records(n, steps):
 
 
 def mean(values):
-    return sum(values) / len(values) if values else None
+    return sum(values) / len(values)
+
+
+def told_apart(records):
+    """Where runs of one method differ in more than the seed (out/A, out/A_seed1), the folder becomes part of the name."""
+    def folder(r):
+        return re.sub(r'_seed\d+$', '', r['out_dir'])
+    several = [name for name, _ in {(r['name'], folder(r)) for r in records}]
+    return [dict(r, name=f'{r["name"]} ({folder(r)})') if several.count(r['name']) > 1 else r for r in records]
 
 
 def curves(records):
-    """Records -> {curve: {steps: [SWD of each run]}}."""
-    names = dict.fromkeys((r['name'], r['strategy']) for r in records if 'swd' in r and 'strategy' in r)
+    """Records -> {curve: {steps: [SWD of each run]}}, steps rising."""
     found = {}
-    for name, strategy in names:
-        mine = [r for r in records if 'swd' in r and (r['name'], r.get('strategy')) == (name, strategy)]
-        found['MDLM' if name == 'MDLM' else f'{name} {strategy}'] = {T: [r['swd'] for r in mine if r['steps'] == T]
-                                                                       for T in sorted({r['steps'] for r in mine})}
+    for r in sorted((r for r in records if 'steps' in r), key=lambda r: r['steps']):
+        name = r['name'] if r['name'].startswith('MDLM') else f'{r["name"]} {r["strategy"]}'
+        found.setdefault(name, {}).setdefault(r['steps'], []).append(r['swd'])
     return found
 
 
 def print_tables(records):
-    losses = {}
+    losses, gaps = {}, {}
     for r in records:
         if 'token_loss' in r:
             losses.setdefault((r['name'], r['strategy']), []).append(r['token_loss'])
+        if 'kl' in r:
+            gaps.setdefault((r['name'], r['visible']), []).append([r['kl'], r['network'], r['bayes']])
     print('\ntoken loss, nats per token (LADD table 1)              ours    exact    paper')
     print(f'  {"oracle: the shift is known":50s}      -   {Exact().oracle():.4f}   {PAPER["oracle"]:.4f}')
     for (name, strategy), values in losses.items():
-        what, key = f'{name}, {"clean" if strategy == "seq" else "latent at t_z = t_x"}', f'{name} {strategy}'
-        if name == 'MDLM':
-            what, key = 'MDLM', 'MDLM'
-        best = '0.5303' if name == 'MDLM' else '     -'
-        print(f'  {what.replace("clean", "clean latent"):50s} {mean(values):.4f}   {best}   {PAPER[key]:.4f}')
-    gaps = [r for r in records if 'kl' in r]
+        method = name.split(' (')[0]
+        what, key, best = f'{name}, {"clean latent" if strategy == "seq" else "latent at t_z = t_x"}', f'{method} {strategy}', '     -'
+        if method == 'MDLM':
+            what, key, best = name, method, '0.5303'
+        print(f'  {what:50s} {mean(values):.4f}   {best}   {PAPER[key]:.4f}')
     if gaps:
-        print('\nMDLM against Bayes, half of the tokens visible            KL      mean |p - 1/2|: network, Bayes')
-        for kind in ('data', 'coins'):
-            means = [mean([r[key] for r in gaps if r['visible'] == kind]) for key in ('kl', 'network', 'bayes')]
-            print(f'  {"of a text" if kind == "data" else "fair coins":50s} {means[0]:.4f}   {means[1]:.3f}, {means[2]:.3f}')
+        print('\nAgainst Bayes, half of the tokens visible                KL      mean |p - 1/2|: network, Bayes')
+    for (name, kind), values in gaps.items():
+        kl, network, bayes = map(mean, zip(*values))
+        print(f'  {name + (", of a text" if kind == "data" else ", fair coins"):50s} {kl:.4f}   {network:.3f}, {bayes:.3f}')
     table, floor = curves(records), [r for r in records if r['name'] == 'data']
     steps = sorted({T for curve in table.values() for T in curve})
     print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {mean([r["swd"] for r in floor]):.4f}')
@@ -231,15 +242,13 @@ def print_tables(records):
 
 def figure(records, path):
     """LADD figure 2: SWD against token steps. Lines: trained, mean over seeds; dashes: perfect networks; grey: the floor."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from plot import plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3', 'Co-LADD seq': 'C4',
               'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2', 'exact joint ahead': 'C7'}
-    plt.figure(figsize=(7, 4.2))
+    chart = plt.figure(figsize=(7, 4.2))
     for name, curve in curves(records).items():
         style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
-        plt.plot(list(curve), [mean(v) for v in curve.values()], color=colors[name], label=name, **style)
+        plt.plot(list(curve), [mean(v) for v in curve.values()], color=colors.get(name), label=name, **style)
     plt.axhline(mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
     plt.gca().xaxis.set_major_formatter('{x:.0f}')
@@ -247,26 +256,20 @@ def figure(records, path):
     plt.xlabel('token steps')
     plt.ylabel('sliced Wasserstein distance')
     plt.legend(fontsize=7, ncol=2)
-    plt.tight_layout()
-    plt.savefig(path, dpi=150)
-    plt.close()
+    save(chart, path)
 
 
 def pictures(panels, path):
     """Samples as images, one text a row, sorted by their most likely shift: coherent texts show diagonal waves. panels: {title: (n, L)}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from plot import plt, save
     exact = Exact()
-    _, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(2.4 * -(-len(panels) // 2), 4.6), squeeze=False)
+    chart, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(2.4 * -(-len(panels) // 2), 4.6), squeeze=False)
     for ax in axes.flat:
         ax.axis('off')
     for ax, (title, x) in zip(axes.flat, panels.items()):
         ax.imshow(x[exact.log_likelihood(x).argmax(dim=1).argsort()].numpy(), cmap='Blues', aspect='auto', interpolation='nearest')
         ax.set_title(title, fontsize=8)
-    plt.tight_layout()
-    plt.savefig(path, dpi=150)
-    plt.close()
+    save(chart, path)
 
 
 defaults = dict(
@@ -279,41 +282,39 @@ defaults = dict(
 
 
 def main(argv):
-    from checkpoint import load_method
+    from checkpoint import append, fingerprint, load_method, pick_device
     from configurator import UserError, configure
-    from eval import fingerprint
+    from eval import numbers
+    from mdlm import MDLM
+    from plot import read
     c = configure(defaults, [a for a in argv if a.startswith('-')])
     out_dirs, n = [a for a in argv if not a.startswith('-') and not a.endswith('.png')], c['num_samples']  # out/sawtooth_* finds our pictures, too
-    if not out_dirs:
-        raise UserError('which runs? python sawtooth.py out/sawtooth_*')
-    try:
-        steps = [int(T) for T in c['steps'].split(',')]
-    except ValueError:
-        raise UserError(f'--steps wants numbers such as 1,2,4, not {c["steps"]!r}')
+    if not out_dirs or n < 1:
+        raise UserError('which runs, and how many samples? python sawtooth.py out/sawtooth_* --num_samples=20480')
+    steps, device = numbers('steps', c['steps']), pick_device(c['device'])
+    os.makedirs(os.path.dirname(c['save']) or '.', exist_ok=True)
     records, panels = [], {}
     for out_dir in out_dirs:
         if out_dir.endswith('.jsonl'):  # results of runs whose checkpoints are gone
             if not os.path.exists(out_dir):
                 raise UserError(f'there is no file {out_dir}')
-            records += [r for r in map(json.loads, open(out_dir)) if r['n'] == n or 'kl' in r]
+            records += [r for r in read(out_dir, '') if r['n'] == n or 'kl' in r]
             continue
-        method, checkpoint = load_method(out_dir, c['device'])
-        if checkpoint['config']['dataset'] != 'sawtooth':
-            raise UserError(f'{out_dir} was trained on {checkpoint["config"]["dataset"]}, not on sawtooth')
+        method, checkpoint = load_method(out_dir, device)
+        if checkpoint['config']['dataset'] != 'sawtooth' or not isinstance(method, MDLM):
+            raise UserError(f'{out_dir} is {checkpoint["config"]["method"]} on {checkpoint["config"]["dataset"]}; the tables are of mdlm and ladd on sawtooth')
         if c['compile']:
             method.dit.compile()
-        common = dict(name=label(method.config), out_dir=out_dir, step=checkpoint['step'], seed=checkpoint['config']['seed'],
+        common = dict(name=label(method.config), out_dir=os.path.normpath(out_dir), step=checkpoint['step'], seed=checkpoint['config']['seed'],
                       weights=fingerprint(method))
-        path = os.path.join(out_dir, 'sawtooth.jsonl')  # measured once: sampling is what takes long
-        known = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
-        known = [r for r in known if r['weights'] == common['weights'] and (r['n'] == n or 'kl' in r)]
+        # measured once, and kept: sampling is what takes long
+        known = [r for r in read(out_dir, 'sawtooth.jsonl') if r.get('weights') == common['weights'] and (r['n'] == n or 'kl' in r)]
 
         def keep(record):
             known.append({**common, **record})
             print(json.dumps(known[-1]), flush=True)
-            with open(path, 'a') as f:
-                f.write(json.dumps(known[-1]) + '\n')
-        with torch.autocast(c['device'], torch.bfloat16, enabled=checkpoint['config']['dtype'] == 'bfloat16'):
+            append(os.path.join(out_dir, 'sawtooth.jsonl'), known[-1])
+        with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint['config']['dtype'] == 'bfloat16'):
             if not any('token_loss' in r for r in known):
                 for r in token_losses(method, n):
                     keep(r)
@@ -325,8 +326,12 @@ def main(argv):
                     if not any(r.get('steps') == T and r['strategy'] == strategy for r in known):
                         keep(dict(strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))))
                 for T in (1, 2):
-                    panels[f'{common["name"]}{f" {strategy}" * (len(method.strategies) > 1)}, {T} step{"s" * (T > 1)}'] = draw(method, 128, T, strategy)
-        records += known
+                    title = f'{common["name"]}{f" {strategy}" * (len(method.strategies) > 1)}, {T} step{"s" * (T > 1)}'
+                    if title not in panels:
+                        panels[title] = draw(method, 128, T, strategy)
+        records += [dict(r, out_dir=common['out_dir']) for r in known]  # it may have been renamed
+    # a run may be among the .jsonl, too
+    records = told_apart(list({(r['weights'], r.get('strategy'), r.get('steps'), r.get('visible')): r for r in records}.values()))
     records += exact_records(n, sorted({r['steps'] for r in records if 'steps' in r}))
     print_tables(records)
     panels = {'data': Sawtooth('fresh').rows(torch.arange(128)), 'perfect MDLM, 1 step': exact_draw('MDLM', 128, 1), **panels}

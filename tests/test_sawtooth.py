@@ -223,6 +223,11 @@ def test_the_gap_to_bayes():
 
 # --- the command line -------------------------------------------------------------------------------------------------------------
 
+def table(capsys):
+    """The SWD table that sawtooth.py has printed -> {curve: its cells}."""
+    return {line[2:26].strip(): line[26:].split() for line in capsys.readouterr().out.split('token steps')[1].splitlines()}
+
+
 def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
     """Two runs -> both tables, both pictures, results kept and not measured again; a .jsonl stands for a run that is gone."""
     monkeypatch.chdir(tmp_path)
@@ -237,14 +242,23 @@ def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
         assert all(text in out for text in ('Di-LADD, clean latent', 'Di-LADD joint', 'exact joint ahead', 'data against data'))
     assert len(open('out/m/sawtooth.jsonl').readlines()) == 5 and len(open('out/d/sawtooth.jsonl').readlines()) == 6
     assert os.path.exists('out/fig.png') and os.path.exists('out/fig_samples.png')
-    train.main(['--method=mdlm', '--out_dir=out/m', '--init_from=scratch', '--seed=1', *tiny])  # other weights: what is kept is not theirs
+    sawtooth.main(['out/m', 'out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1,2', '--save=out/fig'])
+    assert table(capsys)['MDLM'][2:] == ['1']  # one run, named twice
+    train.main(['--method=mdlm', '--out_dir=out/m', '--init_from=scratch', '--seed=1', *tiny])  # other weights: what was kept is not theirs
     sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
-    assert 'Di-LADD seq' in capsys.readouterr().out and len(open('out/m/sawtooth.jsonl').readlines()) == 5 + 4
-    sawtooth.main(['out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
-    table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.split('token steps')[1].splitlines()[1:4]}
+    assert 'Di-LADD seq' in capsys.readouterr().out
     kept = [json.loads(line) for line in open('out/m/sawtooth.jsonl')]
+    assert len(kept) == 5 + 4
     swds = [[r['swd'] for r in kept if r.get('steps') == T] for T in (1, 2)]
-    assert table['MDLM'] == [f'{sum(swds[0]) / 2:.4f}', f'{swds[1][0]:.4f}', '2,', '1']  # means, and of how many runs
-    for bad in ([], ['out/none'], ['out/m', '--steps=one'], ['gone.jsonl']):
+    sawtooth.main(['out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/new/fig'])
+    assert table(capsys)['MDLM'] == [f'{sum(swds[0]) / 2:.4f}', f'{swds[1][0]:.4f}', '2,', '1']  # means, and of how many runs
+    os.rename('out/m', 'out/deeper')  # a folder that differs in more than _seed1: another curve
+    with open('out/old.jsonl', 'w') as f:
+        f.write(json.dumps(dict(next(r for r in kept if 'swd' in r), out_dir='out/m_seed1', weights='others')) + '\n')
+    sawtooth.main(['out/deeper', 'out/old.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
+    assert {'MDLM (out/deeper)', 'MDLM (out/m)'} <= set(table(capsys))
+    train.main(['--method=ar', '--out_dir=out/ar', *tiny])
+    assert 'nats per token (LADD' not in capsys.readouterr().out  # these tables are not the AR's
+    for bad in ([], ['out/none'], ['out/deeper', '--steps=one'], ['out/deeper', '--num_samples=0'], ['gone.jsonl'], ['out/ar']):
         with pytest.raises(UserError):
             sawtooth.main(bad)
