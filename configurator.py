@@ -156,7 +156,7 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as e:
-        if os.environ.get('RANK', '0') == '0':  # under torchrun every process fails alike, one of them says so
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # under torchrun one process of each node says so: what is missing may be so on one of them only
             print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

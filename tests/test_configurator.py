@@ -113,6 +113,7 @@ def test_how_a_script_ends(tmp_path):
         r = subprocess.run(f'{sys.executable} {script} {arg} {tail}', shell=True, capture_output=True, text=True, env={'PYTHONPATH': root, 'PATH': '/usr/bin:/bin', **env})
         return r.returncode, r.stderr
     assert end('user') == (2, 'error: no such thing\n')
-    assert end('user', RANK='1') == (2, '')
+    assert end('user', RANK='8', LOCAL_RANK='0') == (2, 'error: no such thing\n')  # what is missing may be so on the second node only
+    assert end('user', RANK='1', LOCAL_RANK='1') == (2, '')
     assert end('stop') == (130, '')
     assert end('pipe', '| head -n 1') == (0, '')
