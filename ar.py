@@ -53,11 +53,6 @@ class AR(nn.Module):
         return loss, {'loss': loss.detach()}
 
     @torch.no_grad()
-    def logits(self, x):
-        """x (b, l <= L) -> (b, l, V): row l belongs to x_l and has seen the tokens before it."""
-        return self.head(self.dit(self.embed(self.shifted(x))))
-
-    @torch.no_grad()
     def token_nll(self, x):
         """x (b, l <= L) -> -log p(x_l | x_<l) in nats, (b, l)."""
         h = self.dit(self.embed(self.shifted(x)))
