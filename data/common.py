@@ -4,7 +4,7 @@ Text -> token files, see tokens.py for what they hold. Every data/<name>/prepare
 A corpus is streamed as pairs (text, ends): `ends` says that a document ends with this text. Memory does not grow with the corpus
 (4 bytes a document, for the split): a block is read, split, encoded in another process and appended to the file.
 """
-import argparse, array, codecs, collections, concurrent.futures, hashlib, json, multiprocessing, os, shutil, signal, sys, threading
+import argparse, array, codecs, collections, concurrent.futures, contextlib, hashlib, json, multiprocessing, os, shutil, signal, sys, threading
 
 import numpy as np
 from tqdm import tqdm
@@ -139,6 +139,23 @@ def encode_all(stream, tok, workers):
 def dtype_of(tok):
     return np.dtype('uint16' if tok.vocab_size <= 65535 else 'uint32')
 
+@contextlib.contextmanager
+def all_or_none(paths):
+    """The block writes PATH.tmp of each path. If it ends well, they all get their names, the last one last; otherwise nothing of them is left."""
+    try:
+        os.makedirs(os.path.dirname(paths[-1]), exist_ok=True)
+        yield
+        if os.path.exists(paths[-1]):
+            os.remove(paths[-1])  # from here to the last rename there is no set at all, rather than half of one
+        for path in paths:
+            os.replace(path + '.tmp', path)
+    except OSError as e:
+        raise UserError(f'cannot write {os.path.dirname(paths[-1])} ({e.strerror or e})') from e
+    finally:
+        for path in paths:
+            with contextlib.suppress(OSError):  # no such file, or nothing can be removed where nothing can be written
+                os.remove(path + '.tmp')
+
 def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
     """Write data/<name>/{train.bin, val.bin, meta.json}. All appear at the very end, meta.json last: what has no meta.json is not whole.
 
@@ -155,45 +172,36 @@ def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
         raise UserError('--wrap puts BOS and EOS around every chunk, and this tokenizer has none')
     old_handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it cleans up, as Ctrl-C does
     try:
-        os.makedirs(folder, exist_ok=True)
-        counts = {}  # documents, tokens
-        for split, stream in streams.items():
-            lengths, length = array.array('I'), 0  # ids per document
-            with open(bins[split] + '.tmp', 'wb') as f:
-                for ids, pieces in encode_all(stream(), tok, workers):
-                    f.write(ids)
-                    for n, ends in pieces:
-                        length += n
-                        if ends:
-                            lengths.append(length)
-                            length = 0
-            lengths = np.frombuffer(lengths, np.uintc)
-            counts[split] = len(lengths), int(lengths.sum(dtype=np.int64))
-            if counts[split][1] < 2:
-                raise UserError(f'there is no text in what was to become {bins[split]}')
-            if counts[split][0] > 1 and tok.eos_id is None:
-                raise UserError('this tokenizer has no EOS to join documents with: use --split=file on one file, or another tokenizer')
-        if tail:
-            counts = move_tail(bins['train'] + '.tmp', bins['val'] + '.tmp', lengths, tail, dtype_of(tok).itemsize)
-        meta = dict(dtype=dtype_of(tok).name, vocab_size=tok.vocab_size, tokenizer=tok.spec, eos_id=tok.eos_id, bos_id=tok.bos_id, wrap=wrap,
-                    packing='BOS, ids, EOS per chunk' if wrap else 'documents joined by EOS, cut into chunks', split_rule=rule)
-        for split, path in bins.items():
-            with open(path + '.tmp', 'rb') as f:
-                meta[split] = dict(documents=counts[split][0], tokens=counts[split][1], sha256=hashlib.file_digest(f, 'sha256').hexdigest())
-        with open(paths[-1] + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump(meta, f, indent=1)
-        if os.path.exists(paths[-1]):
-            os.remove(paths[-1])  # from here to the last rename there is no set at all, rather than half of one
-        for path in paths:
-            os.replace(path + '.tmp', path)
-    except BaseException:
-        for path in paths:
-            if os.path.exists(path + '.tmp'):
-                os.remove(path + '.tmp')
+        with all_or_none(paths):
+            counts = {}  # documents, tokens
+            for split, stream in streams.items():
+                lengths, length = array.array('I'), 0  # ids per document
+                with open(bins[split] + '.tmp', 'wb') as f:
+                    for ids, pieces in encode_all(stream(), tok, workers):
+                        f.write(ids)
+                        for n, ends in pieces:
+                            length += n
+                            if ends:
+                                lengths.append(length)
+                                length = 0
+                lengths = np.frombuffer(lengths, np.uintc)
+                counts[split] = len(lengths), int(lengths.sum(dtype=np.int64))
+                if counts[split][1] < 2:
+                    raise UserError(f'there is no text in what was to become {bins[split]}')
+                if counts[split][0] > 1 and tok.eos_id is None:
+                    raise UserError('this tokenizer has no EOS to join documents with: use --split=file on one file, or another tokenizer')
+            if tail:
+                counts = move_tail(bins['train'] + '.tmp', bins['val'] + '.tmp', lengths, tail, dtype_of(tok).itemsize)
+            meta = dict(dtype=dtype_of(tok).name, vocab_size=tok.vocab_size, tokenizer=tok.spec, eos_id=tok.eos_id, bos_id=tok.bos_id, wrap=wrap,
+                        packing='BOS, ids, EOS per chunk' if wrap else 'documents joined by EOS, cut into chunks', split_rule=rule)
+            for split, path in bins.items():
+                with open(path + '.tmp', 'rb') as f:
+                    meta[split] = dict(documents=counts[split][0], tokens=counts[split][1], sha256=hashlib.file_digest(f, 'sha256').hexdigest())
+            with open(paths[-1] + '.tmp', 'w', encoding='utf-8') as f:
+                json.dump(meta, f, indent=1)
+    finally:
         if fresh and os.path.isdir(folder) and not os.listdir(folder):
             os.rmdir(folder)
-        raise
-    finally:
         signal.signal(signal.SIGTERM, old_handler)
     for split in bins:
         print(f'{bins[split]}: {counts[split][1]:,} tokens of {tok.vocab_size:,} kinds, {counts[split][0]:,} documents')
@@ -228,7 +236,7 @@ class Arguments(argparse.ArgumentParser):
     def __init__(self, doc, tokenizer='gpt2'):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.add_argument('--input', nargs='+', metavar='FILE', help='local UTF-8 text, or .parquet with a column `text`')
-        self.add_argument('--tokenizer', default=tokenizer, 
+        self.add_argument('--tokenizer', default=tokenizer,
                           help='char, gpt2, a Hugging Face id or folder, or the folder of a prepared set (default: %(default)s)')
         self.add_argument('--wrap', nargs='?', const='True', default='False', choices=['True', 'False'],
                           help='every chunk is BOS ... EOS, as in MDLM')

@@ -167,7 +167,7 @@ class Tokens:
     """One split of a prepared set, as chunks of block_size ids.
 
     name_or_path: 'openwebtext' or 'zeroshot/ptb' is a folder of data/; any other folder with a meta.json works, too
-    vocab_size: ids without [mask];  tokenizer, meta: for `load_tokenizer`;  len(): how many chunks lie side by side, for `row` and `rows`
+    vocab_size: ids without [mask];  tokenizer, meta: for `load_tokenizer`;  len(): how many chunks lie side by side, for `rows`
     """
 
     def __init__(self, name_or_path, split, block_size):
@@ -188,7 +188,8 @@ class Tokens:
         self.folder, self.split = folder, split
         self.block_size, self.body = block_size, block_size - 2 * self.wrap  # ids that a chunk takes from the file
         if not 1 <= self.body <= count:
-            raise UserError(f'{path} holds {count:,} tokens, which does not make a chunk of block_size {block_size}')
+            raise UserError(f'{path} holds {count:,} tokens, which does not make a chunk of block_size {block_size}; '
+                            f'give --block_size=N, from {1 + 2 * self.wrap} to {count + 2 * self.wrap}')
 
     def __len__(self):
         return len(self.ids) // self.body
@@ -205,12 +206,8 @@ class Tokens:
         """Training: a random chunk for each global row number in `rows`, (len(rows), block_size), a pure function of (seed, step, row)."""
         return self.chunks(random_numbers(seed, step, rows, len(self.ids) - self.body + 1))
 
-    def row(self, i):
-        """Validation: the i-th chunk, side by side in order, (block_size,)."""
-        return self.rows([i])[0]
-
     def rows(self, indices):
-        """Chunks by number, (len(indices), block_size); raises IndexError outside 0 .. len - 1."""
+        """Validation: chunks that lie side by side, by number: (len(indices), block_size); raises IndexError outside 0 .. len - 1."""
         indices = [int(i) for i in indices]
         if not all(0 <= i < len(self) for i in indices):
             raise IndexError(f'chunks are numbered 0 .. {len(self) - 1}')
@@ -230,6 +227,7 @@ class WithLatents:
     """A split of a prepared set in chunks that lie side by side, each with its latent: `batch` and `rows` give (ids, latents (n, M, D) fp32).
 
     Without latents a training chunk may begin anywhere. Here there are len() of them, and they come again in every epoch.
+    encoder_weights: checkpoint.fingerprint of the encoder that made them
     """
 
     def __init__(self, tokens, encoder, num_latents, latent_dim):
@@ -249,7 +247,7 @@ class WithLatents:
             raise UserError(f'{folder}/meta.json is damaged ({type(e).__name__}): run {command}') from e
         if wrong:
             raise UserError(f'the latents in {folder} were made of something else ({", ".join(wrong)} changed): run {command}')
-        self.tokens, self.block_size, self.vocab_size = tokens, tokens.block_size, tokens.vocab_size
+        self.tokens, self.block_size, self.vocab_size, self.encoder_weights = tokens, tokens.block_size, tokens.vocab_size, meta.get('encoder_weights')
         path, shape = os.path.join(folder, tokens.split + '.bin'), (len(tokens), num_latents, latent_dim)
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != 2 * np.prod(shape, dtype=np.int64):

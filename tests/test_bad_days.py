@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import data.common as common
 import sample
 import test_train
 import train
@@ -91,8 +92,8 @@ def test_disk_full_in_the_middle_of_a_log_line():
     lines = open('whole/log.jsonl', 'rb').read().split(b'\n')
     with disk_full(len(b'\n'.join(lines[:6])) + 30):
         line = tells(go, 'a', *args)
-    assert line.startswith('cannot write a/log.jsonl') and 'the last checkpoint is kept' in line
-    assert not open('a/log.jsonl', 'rb').read().endswith(b'\n') and checkpoint.load('a/ckpt.pt')['step'] == 4
+    assert line == 'cannot write a/log.jsonl (the disk is full)' and checkpoint.load('a/ckpt.pt')['step'] == 4
+    assert open('a/log.jsonl', 'rb').read().endswith(b'\n')
     assert go('a', *args) == whole and same(weights('a'), weights('whole'))
 
 
@@ -125,6 +126,26 @@ def test_disk_full_for_samples():
     with disk_full(100):
         line = tells(sample.main, ['--out_dir=out/m', '--device=cpu', '--steps=1', '--save=x.npy'])
     assert line.startswith('cannot write x.npy') and os.listdir('.') == ['out']
+
+
+def test_no_room_for_prepared_data(monkeypatch):
+    """A full disk or a read-only folder: nothing is begun, and the set that was there stays."""
+    monkeypatch.setattr(common, 'DATA', os.getcwd())
+
+    def write(text):
+        common.write('sets/a', {'train': lambda: iter([(text, True)])}, 'char', tail=0.1)
+    with disk_full(100):
+        assert tells(write, 'abc' * 100).startswith(f'cannot write {os.getcwd()}/sets/a (File too large')
+    assert os.listdir('sets') == []
+    write('abc')
+    before = files()
+    with disk_full(100):
+        assert tells(write, 'abc' * 100).startswith('cannot write')
+    with read_only('sets', 'sets/a'):
+        assert tells(write, 'abc' * 100).endswith('sets/a (Permission denied)')
+    with read_only('sets'):
+        assert tells(common.write, 'sets/b', {'train': lambda: iter([('abc', True)])}, 'char', 0.1).endswith('sets/b (Permission denied)')
+    assert files() == before
 
 
 def test_read_only_folder():
@@ -395,7 +416,7 @@ def test_arguments_of_any_text():
 
 
 METHODS = {  # each with all of its parts
-    'mdlm': [], 'ar': ['--method=ar'], 'co': ['--method=ladd', '--latent_layers=1', '--encoder_layers=1', '--num_latents=2', '--latent_dim=4'],
+    'mdlm': [], 'ar': ['--method=ar'], 'co': ['--method=ladd', '--latent_layers=1', '--encoder_layers=1', '--num_latents=2', '--latent_dim=4', '--stage1_iters=1'],
     'di': test_train.TWO_STAGES, 'ldlm': test_train.ONE_AND_TWO['ldlm']}
 
 

@@ -1,5 +1,5 @@
 """data/: text -> tokens -> chunks. No network, no corpus: every tokenizer is built here."""
-import json, os, shutil, signal, subprocess, sys, time
+import http.client, json, os, shutil, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import data.common as common
 import data.tokens as tokens_file
 import data.lm1b.prepare, data.openwebtext.prepare, data.shakespeare_char.prepare, data.text.prepare, data.zeroshot.prepare
 from configurator import UserError
+from test_bad_days import disk_full
 
 ODD = 'naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u202eabc\u202c \x00 [MASK] <|endoftext|> 中文\ufeff\uffff\n'
 
@@ -210,10 +211,10 @@ def test_every_place_is_drawn_equally_often(monkeypatch):
 def test_rows_lie_side_by_side():
     tokens = prepared()
     assert len(tokens) == 9000 // 16 and torch.equal(tokens.rows(range(len(tokens))).flatten(), torch.tensor(tokens.ids[:len(tokens) * 16].astype(int)))
-    assert torch.equal(tokens.row(3), tokens.rows([2, 3])[1])
+    assert torch.equal(tokens.rows([3])[0], tokens.rows([2, 3])[1])
     for i in (-1, len(tokens)):
         with pytest.raises(IndexError):
-            tokens.row(i)
+            tokens.rows([i])
 
 
 def test_wrap_is_the_protocol_of_mdlm():
@@ -369,7 +370,7 @@ def test_shrunk_or_grown_file(tmp_path):
 def test_tokens_refuses(tmp_path):
     prepared()
     for name, split, block_size, says in (('nowhere', 'train', 16, '--name=nowhere'), ('t', 'test', 16, 'no test split'),
-                                          ('t', 'train', 9001, 'block_size 9001'), ('t', 'train', 0, 'block_size 0')):
+                                          ('t', 'train', 9001, 'block_size 9001'), ('t', 'train', 0, 'block_size 0; give --block_size=N, from 1 to 9000')):
         with pytest.raises(UserError, match=says) as e:
             tokens_file.Tokens(name, split, block_size)
         assert '\n' not in str(e.value)
@@ -435,7 +436,7 @@ def test_hub(tmp_path, monkeypatch, capsys):
     answer(monkeypatch, lambda: None)
     monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: asked.append((*args, kwargs['split'])) or rows)
     assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1') == 0
-    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')} and tokens_file.Tokens('lm1b', 'val', 3).row(0).tolist() == [1, 4, 2]  # "d", EOS, "e"
+    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')} and tokens_file.Tokens('lm1b', 'val', 3).rows([0])[0].tolist() == [1, 4, 2]  # "d", EOS, "e"
     assert list(common.read_hub('x', split='test', column='sentence')) == [('a', True), ('b c', True)]
     assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2 and 'incomplete' in capsys.readouterr().err  # not 8,013,769 documents
     def offline(*args, **kwargs):
@@ -444,3 +445,33 @@ def test_hub(tmp_path, monkeypatch, capsys):
     assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'no route' in err and '--input FILE' in err
+
+
+class Download:
+    def __init__(self, content):
+        self.content = content
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self):
+        if isinstance(self.content, bytes):
+            return self.content
+        raise self.content
+
+
+def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys):
+    """With a stand-in for the network: what breaks off is one line and leaves nothing."""
+    prepare = data.shakespeare_char.prepare
+    monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
+    for error in (ConnectionResetError('reset'), http.client.IncompleteRead(b'half')):
+        monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, **__: Download(error))
+        assert cli(prepare, monkeypatch) == 2 and 'cannot download' in capsys.readouterr().err and not (tmp_path / 'data').exists()
+    monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, **__: Download(b'to be or not' * 10))
+    with disk_full(100):
+        assert cli(prepare, monkeypatch) == 2 and 'cannot write' in capsys.readouterr().err
+    assert cli(prepare, monkeypatch) == 0
+    assert sorted(os.listdir(tmp_path / 'data/shakespeare_char')) == ['input.txt', 'meta.json', 'train.bin', 'val.bin']

@@ -14,12 +14,14 @@ import data.common as common
 import data.encode
 import data.tokens as tokens_file
 import encoders
+import eval
 import ladd
 import train
 from checkpoint import build, fingerprint, load_method, save
 from configurator import UserError
 from data.tokens import Tokens, WithLatents
 from encoders import check_tokenizer, open_encoder, pool
+from test_bad_days import disk_full, files
 from test_ladd import spy
 from test_mdlm import generator, scrambled, whole
 
@@ -325,6 +327,27 @@ def test_save_and_resume_give_the_same_losses(method):
             go('b', *[a for a in args if 'stored' not in a], changed, '--max_iters=7')
 
 
+@pytest.mark.parametrize('stored', [False, True])
+def test_an_encoder_is_known_by_its_weights(stored):
+    """Under the name of one with other weights neither training nor evaluation goes on."""
+    args = [f'--encoder={either("ours")}', *DI, *['--stored_latents=True'] * stored]
+
+    def encode():
+        encoders.opened.cache_clear()  # as another process would
+        if stored:
+            data.encode.main([*TINY, *args[:1]])
+    encode()
+    go('out/a', *args, '--max_iters=1')
+    evaluate = ['--out_dir=out/a', '--batch_size=4', '--val_seqs=4', '--device=cpu']
+    eval.main(evaluate)
+    ours(num_layers=2)
+    encode()
+    with pytest.raises(UserError, match='encoder_weights='):
+        go('out/a', *args, '--max_iters=2')
+    with pytest.raises(UserError, match='has other weights than the encoder'):
+        eval.main(evaluate)
+
+
 def test_both_strategies_from_one_checkpoint_without_the_encoder():
     name = either('bert')
     go('out/di', f'--encoder={name}', *DI, '--max_iters=5')
@@ -401,8 +424,7 @@ def test_training_on_stored_latents_never_opens_the_encoder(args, monkeypatch):
     data.encode.main(TINY + args)
     shutil.rmtree(name)
     encoders.opened.cache_clear()
-    for module in (ladd, data.encode):
-        monkeypatch.setattr(module, 'open_encoder', lambda *_: pytest.fail('it was opened'))
+    monkeypatch.setattr(ladd, 'open_encoder', lambda *_: pytest.fail('it was opened'))
     one, val = go('a', *args, '--stored_latents=True')
     two, _ = go('b', *args, '--stored_latents=True', '--micro_batch=2')
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-3, atol=1e-4)
@@ -458,14 +480,21 @@ def test_encoding_is_all_or_nothing(monkeypatch, capsys):
     capsys.readouterr()
     data.encode.main(args)
     assert 'there already' in capsys.readouterr().out and os.stat(f'{folder}/train.bin').st_ino == before
+    before = files(folder)
+    os.truncate(f'{folder}/val.bin', 10)
+    data.encode.main(args)
+    assert files(folder) == before  # made again
     ours(hidden=32)  # another encoder under the old name
     encoders.opened.cache_clear()
+    with disk_full(20), pytest.raises(UserError, match='cannot write .*latents'):
+        data.encode.main(args)
+    assert files(folder) == before
     data.encode.main(args)
     assert first != [open(f'{folder}/{f}', 'rb').read() for f in ('train.bin', 'val.bin')]
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=3))
     ours()
     encoders.opened.cache_clear()
-    for wrong, words in ((args, 'disk has'), ([*TINY], '--encoder=NAME'), ([*TINY[1:], '--method=mdlm'], 'unknown key|--method=ladd')):
+    for wrong, words in ((args, 'disk has'), ([*args, '--micro_batch=-1'], 'micro_batch must not be negative'), ([*TINY], '--encoder=NAME'), ([*TINY[1:], '--method=mdlm'], 'unknown key|--method=ladd')):
         with pytest.raises(UserError, match=words):
             data.encode.main(wrong)
 

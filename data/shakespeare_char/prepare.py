@@ -3,9 +3,9 @@ Tiny Shakespeare (1.1 MB) by characters, as in nanoGPT: 65 ids, 1,003,854 traini
 
     python data/shakespeare_char/prepare.py [--input FILE]        downloads it from karpathy/char-rnn if there is no --input
 """
-import os, sys, urllib.request
+import http.client, os, sys, urllib.request
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data.common import DATA, Arguments, UserError, read_files, run, write
+from data.common import DATA, Arguments, UserError, all_or_none, read_files, run, write
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
@@ -17,11 +17,10 @@ def main(argv):
             try:
                 with urllib.request.urlopen(URL, timeout=60) as response:
                     text = response.read()
-            except OSError as e:
+            except (OSError, http.client.HTTPException) as e:  # the latter: the connection broke off
                 raise UserError(f'cannot download {URL}: {e}; get it in another way and give --input FILE') from e
-            with open(args.input[0] + '.tmp', 'wb') as f:
+            with all_or_none(args.input), open(args.input[0] + '.tmp', 'wb') as f:
                 f.write(text)
-            os.replace(args.input[0] + '.tmp', args.input[0])
     write('shakespeare_char', {'train': lambda: read_files(args.input, None)}, args.tokenizer, tail=0.1,
           rule='last 10 % of the text', wrap=args.wrap, workers=1)
 

@@ -1,6 +1,7 @@
 """
 The seven zero-shot sets of the perplexity tables: ptb wikitext lm1b lambada ag_news pubmed arxiv. Each becomes data/zeroshot/SET/, a
-val split only, which has to be encoded as the training text of the model was: name its tokenizer, or the folder of its data.
+val split only, which has to be encoded as the training text of the model was: name its tokenizer, or the folder of its data, and say --wrap
+if that has BOS and EOS around every chunk, as for kuleshov-group/mdlm-owt.
 
     python data/zeroshot/prepare.py --tokenizer=gpt2                                  all seven from the hub (pip install datasets)
     python data/zeroshot/prepare.py --tokenizer=data/text --set=ptb --input FILE...   one set from local text, one document per line
