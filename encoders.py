@@ -17,6 +17,21 @@ from configurator import UserError
 from data.tokens import cache_only_if_offline, first_line, load_tokenizer
 
 
+def hub_model(auto, name, device, role):
+    """A model of the class `auto` of `transformers`, frozen, in fp32. role: what it is to us and the key that names it, for a UserError."""
+    cache_only_if_offline()
+    try:
+        import huggingface_hub, transformers
+        transformers.utils.logging.disable_progress_bar()  # of loading; our own bars come right after it
+        huggingface_hub.utils.enable_progress_bars()  # of a download
+        return getattr(transformers, auto).from_pretrained(name, trust_remote_code=False).float().to(device).eval().requires_grad_(False)
+    except ImportError as e:
+        raise UserError(f'the {role} {name} needs `pip install transformers`; an AR checkpoint of ours does not: --{role}=out/NAME') from e
+    except Exception as e:  # the hub fails in as many ways as it has layers
+        raise UserError(f'cannot load the {role} {name} ({first_line(e)}); without a network: --{role}=FOLDER of the hub\'s format or, of our AR, '
+                        f'--{role}=out/NAME') from e
+
+
 class HubEncoder:
     """Any model of `transformers`, with the special tokens that its own tokenizer puts around a text.
 
@@ -24,16 +39,7 @@ class HubEncoder:
     """
 
     def __init__(self, name, device):
-        cache_only_if_offline()
-        try:
-            import transformers
-            transformers.utils.logging.disable_progress_bar()  # of loading; our own bars come right after it
-            self.model = transformers.AutoModel.from_pretrained(name, trust_remote_code=False).float().to(device).eval().requires_grad_(False)
-        except ImportError as e:
-            raise UserError(f'the encoder {name} needs `pip install transformers`; an AR checkpoint of ours does not: --encoder=out/NAME') from e
-        except Exception as e:  # the hub fails in as many ways as it has layers
-            raise UserError(f'cannot load the encoder {name} ({first_line(e)}); without a network: a folder of the hub\'s format, or an '
-                            f'AR checkpoint of ours, out/NAME') from e
+        self.model = hub_model('AutoModel', name, device, 'encoder')
         self.tokenizer = load_tokenizer({'kind': 'huggingface', 'name': name})
         around = self.tokenizer.tok('a')['input_ids']
         a = self.tokenizer.encode('a')

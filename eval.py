@@ -50,9 +50,10 @@ from tqdm import tqdm
 
 from checkpoint import append, device_name, fingerprint, is_run, json_line, load_method, pick_device
 from configurator import UserError, configure, nearest, run
-from data.tokens import cache_only_if_offline, first_line, load_tokenizer, open_data
+from data.tokens import load_tokenizer, open_data
+from encoders import hub_model, open_encoder
 from noise import Noise
-from sample import generate, load, open_tokenizer, sampling_options, shared
+from sample import generate, open_model, open_tokenizer, sampling_options, shared
 
 TEXT_METRICS = {'val_ppl': ('nll', 'likelihood'), 'reconstruction': ('reconstruct', 'autoencoder'),  # metric: what it takes of a method
                 'smoothness': ('interpolate', 'latent space in which to interpolate')}
@@ -77,9 +78,9 @@ def open_texts(name, config, tok):
     L = config['block_size']
     if not os.path.isfile(name):
         data = open_data(name or config['dataset'], 'val', L)
-        if getattr(data, 'tokenizer', None) != tokenizer_spec(config, tok):
-            raise UserError(f'{name or config["dataset"]} and the training data of this model have different tokenizers; prepare it with --tokenizer=DATA, '
-                            'the folder of the training data, or give a text file')
+        if (getattr(data, 'tokenizer', None), getattr(data, 'wrap', False)) != (tokenizer_spec(config, tok), tok.wrap):
+            raise UserError(f'{name or config["dataset"]} was not prepared as the training data of this model was; prepare it with --tokenizer=DATA, '
+                            f'the folder of the training data, and --wrap={tok.wrap}, or give a text file')
         return data.rows, 20480 if (name or config['dataset']) == 'sawtooth' else len(data)
     try:
         with open(name, encoding='utf-8', newline='') as f:
@@ -203,16 +204,9 @@ def open_teacher(name, config, tok, device):
     if hub and config.get('dataset') == 'sawtooth':
         raise UserError('sawtooth has no text: its teacher is a sawtooth AR, --teacher=out/NAME')
     if hub:
-        cache_only_if_offline()
-        try:
-            import transformers
-            teacher = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).float().to(device).eval()
-        except ImportError as e:
-            raise UserError(f'the teacher {name} needs `pip install transformers`; an AR checkpoint of ours does not: --teacher=out/NAME') from e
-        except Exception as e:  # the hub fails in as many ways as it has layers
-            raise UserError(f'cannot load the teacher {name} ({first_line(e)}); without a network: --teacher=FOLDER or, of our AR, --teacher=out/NAME') from e
+        teacher = hub_model('AutoModelForCausalLM', name, device, 'teacher')
         teacher_tok = load_tokenizer({'kind': 'huggingface', 'name': name})
-        same, window, context = False, min(1024, teacher.config.max_position_embeddings), 1
+        same, window, context = False, min(1024, getattr(teacher.config, 'max_position_embeddings', 1024)), 1  # BLOOM has no limit
 
         def nll(ids):
             logits = teacher(ids).logits[:, :-1].float()
@@ -295,7 +289,7 @@ def main(argv):
     if c.nll_draws < 1 or c.val_seqs < 0:
         raise UserError('nll_draws must be at least 1, and val_seqs not negative')
     device = pick_device(c.device)
-    method, config = load(c, device)
+    method, config = open_model(c, device)
     all_options = variants(c, method)
     tok, L = open_tokenizer(config), config['block_size']
     for metric, (function, words) in TEXT_METRICS.items():
@@ -306,6 +300,10 @@ def main(argv):
         n = min(n, c.val_seqs or n)
         if n < 2 and 'smoothness' in metrics:
             raise UserError('smoothness wants two texts at least, and there is one')
+    if set(TEXT_METRICS) & set(metrics) and config.get('encoder_weights'):
+        name = config.get('encoder') or config['token_encoder']
+        if fingerprint(open_encoder(name, device).model) != config['encoder_weights']:
+            raise UserError(f'{name} has other weights than the encoder that this model was trained with; put those back, or train it anew')
     if {'gen_ppl', 'smoothness'} & set(metrics):
         score, teacher = open_teacher(c.teacher, config, tok, device)
     if 'swd' in metrics:

@@ -20,7 +20,7 @@ import eval
 import plot
 from checkpoint import device_name, fingerprint, pick_device
 from configurator import UserError, configure, run
-from sample import load, open_tokenizer, shared, whole_file
+from sample import open_model, open_tokenizer, shared, whole_file
 
 measuring = dict(  # as in eval.py
     num_samples=64,
@@ -48,11 +48,13 @@ def main(argv):
     steps_list, asked, device = eval.numbers('steps', c.steps), c.strategies.split(','), pick_device(c.device)
     if c.results and not c.results.endswith('.jsonl'):
         raise UserError(f'--results={c.results}: the name ends with .jsonl')
+    if c.results not in names and os.path.exists(c.results):
+        raise UserError(f'{c.results} holds results: name it among the runs, too, or give another file')
 
     # which results are wanted, and the eval.py command that makes them
     wanted = []
     for folder in folders:
-        method, config = load(SimpleNamespace(out_dir=folder, init_from=''), device)
+        method, config = open_model(SimpleNamespace(out_dir=folder, init_from=''), device)
         strategies = [s for s in method.strategies if s in asked]
         if not strategies:
             raise UserError(f'{folder} has none of the strategies {c.strategies}; it has: {", ".join(method.strategies)}')
@@ -82,7 +84,7 @@ def main(argv):
 
     if c.results:
         with whole_file(c.results) as f:
-            f.writelines((json.dumps(r) + '\n').encode() for r in results)
+            f.writelines(dict.fromkeys((json.dumps(r) + '\n').encode() for r in results))  # of what came from there and from a run, once
     path = c.save or os.path.join(folders[0] if folders else os.path.dirname(names[0]), 'frontier.png')
     plot.frontier(results, path, sys.stdout, **drawing)
     print(path)

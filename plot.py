@@ -219,12 +219,14 @@ def smoothness(folders, path, out):
 FIGURES = {'log': log, 'frontier': frontier, 'smoothness': smoothness}
 
 
+defaults = dict(save='', paper='', gflops='', time='wall')
+
+
 def main(argv):
     kind, *names = [a for a in argv if not a.startswith('-')] or ['']
     if kind not in FIGURES or not names:
         raise UserError('plot.py log out/NAME ..., plot.py frontier out/NAME ... or plot.py smoothness out/NAME ...')
-    options = {'paper': '', 'gflops': '', 'time': 'wall'} if kind == 'frontier' else {}
-    options = configure({'save': '', **options}, [a for a in argv if a.startswith('-')])
+    options = configure(defaults if kind == 'frontier' else {'save': ''}, [a for a in argv if a.startswith('-')])
     path = options.pop('save') or os.path.join(os.path.dirname(names[0]) if names[0].endswith('.jsonl') else names[0], kind + '.png')
     if kind == 'frontier':
         options, names = frontier_options(**options), measured(names)

@@ -176,6 +176,10 @@ def test_gen_ppl_with_a_hugging_face_teacher(gpt2):
     assert score(x) == pytest.approx((nats, tokens), rel=1e-5)
     assert tokens == 2 * (7 + 3) and 'first token of each not scored' in says['gen_ppl_rule']
     assert score(x.repeat(5, 1)) == pytest.approx((5 * nats, 5 * tokens), rel=1e-5)  # more than a batch
+    import transformers
+    transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=len(ALPHABET), hidden_size=16, n_layer=1, n_head=2)).save_pretrained('gpt2')
+    score, says = eval.open_teacher('gpt2', TINY, tok, torch.device('cpu'))  # states no limit of its context
+    assert 'windows of 1024' in says['gen_ppl_rule'] and score(x)[1] == 2 * 11
 
 
 @torch.no_grad()
@@ -197,11 +201,11 @@ def test_gen_ppl_with_our_ar():
 ARGS = ['--device=cpu', '--num_samples=6', '--batch_size=4']
 
 
-def prepare(tmp_path, name, chars=CHARS):
+def prepare(tmp_path, name, chars=CHARS, **options):
     """A prepared set of random characters, outside of data/."""
     g = torch.Generator().manual_seed(0)
     text = ''.join(chars[i] for i in torch.randint(9, (600,), generator=g)) + chars
-    common.write(str(tmp_path / name), {'val': lambda: iter([(text[:300], True), (text[300:], True)])}, 'char')
+    common.write(str(tmp_path / name), {'val': lambda: iter([(text[:300], True), (text[300:], True)])}, 'char', **options)
     return str(tmp_path / name)
 
 
@@ -261,7 +265,7 @@ class Line(torch.nn.Module):
 def test_reconstruction_and_smoothness(tmp_path, monkeypatch, capsys):
     make('mdlm', 'out/l', dataset=prepare(tmp_path, 'set'))
     teacher, config = make('ar', 'out/a'), checkpoint.load('out/l/ckpt.pt')['config']
-    monkeypatch.setattr(eval, 'load', lambda c, device: (Line(), {**config, 'step': 7}))
+    monkeypatch.setattr(eval, 'open_model', lambda c, device: (Line(), {**config, 'step': 7}))
     monkeypatch.setattr(eval, 'variants', lambda c, method: [{}])
     capsys.readouterr()
     eval.main(['--out_dir=out/l', '--metrics=smoothness,reconstruction', '--teacher=out/a', '--num_samples=50', '--batch_size=4', '--seed=1', '--device=cpu'])
@@ -297,6 +301,7 @@ def test_other_texts(tmp_path, monkeypatch, capsys):
     prepare(tmp_path, 'set')
     prepare(tmp_path, 'zeroshot/ptb')
     prepare(tmp_path, 'zeroshot/other', 'bcdefghij')
+    prepare(tmp_path, 'zeroshot/wrapped', wrap=True)
     make('mdlm', 'out/m', dataset='set')
     open('text.txt', 'w').write('abc def ' * 4)
     capsys.readouterr()
@@ -307,7 +312,8 @@ def test_other_texts(tmp_path, monkeypatch, capsys):
     x = torch.tensor(Char(CHARS, True).encode('abc def ' * 3)).view(2, L)
     method = checkpoint.load_method('out/m', 'cpu')[0]
     assert text['val_nll'] == pytest.approx(method.nll(x, eval.Noise(0, 0, torch.arange(2), 2)).mean().item() / L, rel=1e-5)
-    assert 'different tokenizers' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', '--data=zeroshot/other', *ARGS)
+    for name in ('other', 'wrapped'):
+        assert 'was not prepared as' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', f'--data=zeroshot/{name}', *ARGS)
 
 
 def test_text_files_are_wrapped_as_the_training_texts_were():
@@ -471,6 +477,11 @@ def test_frontier_measures_what_is_missing(monkeypatch, capsys):
     new = lines(capsys.readouterr().out)
     assert [(r['model'], r['steps']) for r in new] == [('out/m', 4), ('out/d', 4)] and os.path.exists('f.png')
     make('mdlm', 'out/m_seed1', hidden=32)
+    kept = open('all.jsonl').read()
+    assert 'all.jsonl holds results' in fails(frontier, monkeypatch, capsys, 'out/m', *args, '--results=all.jsonl') and open('all.jsonl').read() == kept
+    frontier.main(['out/m', 'out/d', 'out/a', 'all.jsonl', '--steps=1,2', *args, '--results=all.jsonl'])
+    assert open('all.jsonl').read() == kept
+    capsys.readouterr()
     frontier.main(['out/m_seed1', 'all.jsonl', '--steps=1,2', *args])  # a seed added later, beside runs that may be gone
     out = capsys.readouterr().out
     assert len(lines(out)) == 2 and '[1] out/m (2 seeds)' in out
@@ -505,6 +516,7 @@ def test_loss_curves(capsys):
 
 @pytest.mark.parametrize('argv, match', [([], 'plot.py log'), (['frontier'], 'plot.py log'), (['front', 'a'], 'plot.py log'), (['log', 'a'], 'no log.jsonl'),
                                          (['frontier', 'a'], 'no Gen PPL yet'), (['log', 'a', '--sav=x'], 'did you mean save'),
+                                         (['log', 'a', '--paper=lm1b'], 'unknown key paper'),
                                          (['log', 'b', '--save=no/where.png'], 'cannot write'), (['log', 'b', '--save=x.doc'], 'cannot write')])
 def test_mistakes_in_plotting(argv, match, monkeypatch, capsys):
     os.makedirs('b')
