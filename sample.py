@@ -50,7 +50,7 @@ defaults = dict(
     **shared)
 
 
-def load(c, device):
+def open_model(c, device):
     """--out_dir or --init_from -> (method on device, its config with `step`, None for published weights)."""
     if bool(c.out_dir) == bool(c.init_from):
         raise UserError('name one model: --out_dir=out/NAME (a run of train.py) or --init_from=HUB_ID (published weights)')
@@ -212,7 +212,7 @@ def main(argv):
     if '--start=' in argv:
         raise UserError('--start is empty: give a prompt, or leave it out')
     device = pick_device(c.device)
-    method, config = load(c, device)
+    method, config = open_model(c, device)
     options = sampling_options(c, method)
     tok = open_tokenizer(config)
     prompt = read_prompt(c.start, tok, config['block_size'], method) if c.start else None
