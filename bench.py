@@ -24,11 +24,11 @@ import torch.nn.functional as F
 
 import ar
 import mdlm
-from checkpoint import build, method_fields, pick_device
+from checkpoint import build, device_name, method_fields, pick_device
 from configurator import UserError, configure, run
 from data.tokens import open_data
 from noise import Noise
-from train import check, defaults
+from train import check, compile_in_place, defaults
 
 defaults = dict(
     defaults,
@@ -90,7 +90,7 @@ def peak_memory(device):
 
 def peak_flops(device, dtype):
     """(FLOP/s, where that number is from)."""
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type}, {torch.get_num_threads()} threads'
+    name = device_name(device)
     for key, peak in PEAKS.items():
         if key in name and dtype == torch.bfloat16:
             return peak, f'{name}: {peak / 1e12:.0f} TFLOP/s dense bf16 by the data sheet'
@@ -111,7 +111,7 @@ def measure(c, config, device, L):
             method.token_loss = MethodType(full_token_loss, method)
     params = list(method.parameters())
     if c.compile:
-        method.compile()
+        compile_in_place(method, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     micro = c.micro_batch or c.batch_size
     rows = torch.arange(c.batch_size, device=device)

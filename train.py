@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import build, load, method_fields, pick_device, save
+from checkpoint import FORMAT, append, build, device_name, is_run, load, method_fields, pick_device, save
 from configurator import UserError, configure, run
 from data.tokens import WithLatents, open_data
-from model import DiT
 from noise import Noise
 
 defaults = dict(
@@ -122,6 +121,17 @@ def connect(backend):
                 store.set(f'prefix for {store.get(key).decode()}', prefix)
         time.sleep(0.01)
     dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
+
+
+def transformers(method):
+    """Its networks between embeddings and heads."""
+    return [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
+
+
+def compile_in_place(method, device):
+    """The names in the state dict stay as they are. On a CPU the heads keep out: their number of rows changes from step to step."""
+    for module in [method] if device.type == 'cuda' else transformers(method):
+        module.compile()
 
 
 def average_gradients(params, loss, world):
@@ -305,10 +315,8 @@ def main(argv):
         optimizer.load_state_dict({'state': checkpoint['optimizer'], 'param_groups': optimizer.state_dict()['param_groups']})
         torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name in names])
         checkpoint = None  # it is four times as large as the weights
-    if c.compile:  # in place: the names in the state dict stay as they are
-        transformers = [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
-        for module in [method] if device.type == 'cuda' else transformers:
-            module.compile()  # on a CPU the head keeps out: its number of rows changes from step to step
+    if c.compile:
+        compile_in_place(method, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     if world > 1:
         connect('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
@@ -325,10 +333,10 @@ def main(argv):
             os.remove(path)
         if c.wandb:
             wandb.init(project='nanoladd', name=os.path.basename(c.out_dir), dir=c.out_dir, config=config)
-        backbone = sum(p.numel() for m in method.modules() if isinstance(m, DiT) for p in m.parameters())
-        where = torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
-        print(f'{c.method} on {c.dataset}: {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {backbone / 1e6:.2f}M without embeddings and heads; '
-              f'{method.flops(L) / 1e9:.3g} GFLOPs per denoiser call; {c.batch_size * L:,} tokens per step; {world} x {where}, {c.dtype}', flush=True)
+        backbone = sum(p.numel() for m in transformers(method) for p in m.parameters())
+        print(f'{c.method} on {c.dataset}: {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {backbone / 1e6:.2f}M in transformers; '
+              f'{method.flops(L) / 1e9:.3g} GFLOPs per denoiser call; {c.batch_size * L:,} tokens per step; {world} x {device_name(device)}, {c.dtype}',
+              flush=True)
         if start:
             print(f'{c.out_dir} is at step {start:,} of {c.max_iters:,}' + ('; a larger --max_iters goes on' if start >= c.max_iters else ''), flush=True)
 

@@ -28,7 +28,7 @@ def test_it_prints_what_it_promises(method):
     lines = done.stdout.splitlines()
     flops = 6 * ((12 * 16**2 + 2 * 32 * 16) + (1 if method == 'ar' else 0.5) * 16 * 100)  # per token
     assert lines[0] == f'{method}, 1 layers of width 16, L = 32, V = 100, batch 4, bfloat16'
-    assert lines[1].startswith(f'{flops / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: cpu, 1 thread')
+    assert lines[1].startswith(f'{flops / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: cpu (1 threads)')
     rows = {re.split(r'\s{2,}', line.strip())[0]: line.split() for line in lines[3:]}
     assert list(rows)[0] == 'training, tokens/s' and len(rows) == 5
     assert all(cell[-1].endswith('x') for key, cell in rows.items() if 'sampling' not in key or method == 'mdlm')
@@ -39,6 +39,13 @@ def test_a_variant_is_a_dict_of_numbers():
     result = json.loads(done.stdout)
     assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling'} and all(v > 0 for v in result.values())
     assert 1e8 < result['gradient_memory'] <= result['memory'] < 1e10
+
+
+def test_it_compiles_what_train_compiles(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(type(self).__name__))
+    bench.main([*TINY, '--compile=True', '--vocab_size=50', '--block_size=16', '--variant=ours', '--num_samples=0'])
+    assert compiled == ['DiT']
 
 
 def test_mistakes():
