@@ -185,8 +185,8 @@ def evaluate(method, data, n, batch, rank, world, device):
     return nats.item() / (n * data.block_size)
 
 
-def open_log(path, step):
-    """log.jsonl for appending, without the records past `step` (they will come again) and without a torn last line. -> write(record)"""
+def cut_log(path, step):
+    """Makes log.jsonl, or leaves in it neither records past `step` (they will come again) nor a torn last line."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         kept = []
@@ -197,25 +197,12 @@ def open_log(path, step):
                         if json.loads(line)['step'] <= step and line.endswith(b'\n'):
                             kept.append(line)
                     except (ValueError, TypeError, KeyError, RecursionError):
-                        continue  # torn by a crash or a full disk
+                        continue  # torn by a crash
         with open(path + '.tmp', 'wb') as f:
             f.writelines(kept)
         os.replace(path + '.tmp', path)
-        log = os.open(path, os.O_WRONLY | os.O_APPEND)
     except OSError as e:
         raise UserError(f'cannot write {path} ({e.strerror}); give another --out_dir') from e
-
-    def write(record):
-        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-        line = (json.dumps(record) + '\n').encode()
-        try:
-            whole = os.write(log, line) == len(line)  # one write: a reader never sees half a line
-            reason = 'the disk is full'
-        except OSError as e:
-            whole, reason = False, e.strerror
-        if not whole:
-            raise UserError(f'cannot write {path} ({reason}); the last checkpoint is kept')
-    return write
 
 
 def check_fits(checkpoint, config, method, out_dir):
@@ -327,8 +314,9 @@ def main(argv):
 
     # ------------------------------------------------------------------------
     # files and signals
+    log = os.path.join(c.out_dir, 'log.jsonl')
     if rank == 0:
-        write = open_log(os.path.join(c.out_dir, 'log.jsonl'), start)
+        cut_log(log, start)
         if c.init_from == 'scratch' and os.path.exists(path):
             os.remove(path)
         if c.wandb:
@@ -342,7 +330,7 @@ def main(argv):
 
     def record(numbers):
         if rank == 0:
-            write(numbers)
+            append(log, numbers)
             if c.wandb:
                 wandb.log(numbers, step=numbers['step'])
 
