@@ -274,6 +274,7 @@ class LADD(mdlm.MDLM):
         c = config
         super().__init__(c, c.num_latents)
         self.discrete = c.latent == 'discrete'
+        self.no_bound = '' if self.discrete else ' (of the tokens given the latent of the text itself, no bound)'  # what nll is, for who prints it
         mdlm.one_of('latent', c.latent, ('continuous', 'discrete'))
         masking = ('linear', 'polynomial')  # not geometric: alpha_0 < 1 would owe both channels a reconstruction term
         mdlm.one_of('schedule', c.schedule, masking)

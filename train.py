@@ -3,7 +3,7 @@ Trains any method of this folder on any data set, on one core or many GPUs.
 
     python train.py config/NAME.py [--key=value ...]                                          -> out/NAME/ckpt.pt, out/NAME/log.jsonl
     torchrun --standalone --nproc_per_node=8 train.py config/NAME.py [--key=value ...]        the same run, on 8 GPUs
-    python train.py --help                                                                    every key and its default
+    python train.py --help                                  every key of this script; a method's own are in the Config of its file
 
 The same command again continues the run, to the same numbers as if it had never stopped and on any number of processes: data, times and
 masks are functions of (seed, step, global row), see noise.py. Stop it with Ctrl-C or SIGTERM and it saves first.
@@ -36,7 +36,7 @@ defaults = dict(
                                # | HUB_ID or folder: as auto, but start from published MDLM weights, see hub.py
     method='mdlm',             # mdlm | ladd | ar | ldlm; its own keys (hidden, num_layers ...) are in the Config of its file
     dataset='sawtooth',        # sawtooth, or a folder of data/ that prepare.py has filled
-    block_size=0,              # tokens per sequence; 0: the data set's own (sawtooth has 128)
+    block_size=0,              # tokens per sequence; 0: sawtooth's own 128, a prepared set wants a number
     seed=0,
     # the machine
     device='auto',             # auto | cpu | cuda | mps
@@ -174,7 +174,10 @@ def parts(batch):
 
 @torch.no_grad()
 def evaluate(method, data, n, batch, rank, world, device):
-    """Bound on -log p in nats per token over the first n validation sequences; the same for every batch size and number of processes."""
+    """What method.nll estimates (see there for which bound, if any), in nats per token, over the first n validation sequences.
+
+    The same for every batch size and number of processes.
+    """
     n, nats = min(n, len(data)), torch.zeros((), dtype=torch.float64)
     for first in range(rank, n, world * batch):
         rows = torch.arange(first, min(first + world * batch, n), world)
@@ -387,7 +390,8 @@ def main(argv):
             loss = average_gradients(params, loss, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
 
-            # step; where loss or gradient is not finite everything stays as it was, decided on the device without asking it
+            # step; where loss or gradient is not finite everything stays as it was (but for the average, which goes on towards the same weights),
+            # decided on the device without asking it
             bad = ~torch.isfinite(loss + grad_norm)
             optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # fused AdamW skips the step itself, as it does for a GradScaler
             optimizer.step()
@@ -430,9 +434,10 @@ def main(argv):
                     val_loss = evaluate(method, val_data, c.eval_seqs, micro, rank, world, device)
                 record({'step': done, 'val_loss': val_loss, 'val_ppl': math.exp(min(val_loss, 700))})
                 if rank == 0:
-                    bar.write(f'step {done:,}: loss {numbers["loss"]:.4f}, validation {val_loss:.4f} nats per token, perplexity {math.exp(min(val_loss, 700)):.2f}')
+                    bar.write(f'step {done:,}: loss {numbers["loss"]:.4f}, validation {val_loss:.4f} nats per token, perplexity '
+                              f'{math.exp(min(val_loss, 700)):.2f}{getattr(method, "no_bound", "")}')
             if saving and rank == 0:  # when all records of the step are written: whoever resumes from here misses none of them
-                save(path, {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': dict(zip(names, ema)),
+                save(path, {'format': FORMAT, 'config': config, 'model': method.state_dict(), 'ema': dict(zip(names, ema)),
                             'optimizer': optimizer.state_dict()['state'], 'step': done, 'tokens': tokens})
             if saving or evaluating:
                 clock = time.time()
