@@ -244,6 +244,8 @@ def main(argv):
     config = configure(defaults, argv, method_fields)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     c = SimpleNamespace(**config)
+    if c.init_from == 'scratch' and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        c.init_from = 'auto'  # a worker died, and torchrun has given the same command again: it is to go on
     check(c, world)
     device = pick_device(c.device)
     if c.compile and device.type == 'cpu' and not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):

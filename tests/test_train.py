@@ -304,7 +304,10 @@ def test_accumulation_equals_one_batch():
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Six steps on two processes that accumulate over two micro-batches, one of which is killed on the way and started again; then one process goes on."""
+    """Six steps on two processes that accumulate over two micro-batches, one of which is killed on the way and started again; then one process goes on.
+
+    The start again has the same arguments, scratch among them, and goes on all the same.
+    """
     args = ['--eval_interval=2', '--ema=0.9']
     one = go('one', '--max_iters=10', *args)
     (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run', """
@@ -318,7 +321,7 @@ def wrapped(self, x, noise):
 mdlm.MDLM.forward = wrapped
 configurator.run"""))
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', '--monitor-interval=0.1', 'script.py']
-    r = subprocess.run([*torchrun, *TINY, *args, '--out_dir=two', '--max_iters=6', '--micro_batch=2'], capture_output=True, text=True)
+    r = subprocess.run([*torchrun, *TINY, *args, '--out_dir=two', '--max_iters=6', '--micro_batch=2', '--init_from=scratch'], capture_output=True, text=True)
     assert r.returncode == 0 and 'two is at step 2 of 6' in r.stdout, r.stderr
     two = go('two', '--max_iters=10', *args)
     assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-3)
