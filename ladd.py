@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import mdlm
+from checkpoint import fingerprint
 from configurator import UserError
 from encoders import check_tokenizer, open_encoder, pool
 from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, time_grid
@@ -306,14 +307,15 @@ class LADD(mdlm.MDLM):
     # --- the latent channel -------------------------------------------------------------------------------------------------------
 
     def check_data(self, data, device):
-        """UserError unless the frozen encoder can read this data source. Stored latents were checked when they were made."""
+        """-> fingerprint of the frozen encoder, or None. UserError unless it can read this data source. Stored latents were checked when made."""
         c = self.config
         if not c.encoder or c.stored_latents:
-            return
+            return None
         encoder = open_encoder(c.encoder, device)
         check_tokenizer(encoder, data)
         if c.latent_dim > encoder.width:
             raise UserError(f'latent_dim={c.latent_dim} coordinates are more than the {encoder.width} of {c.encoder}')
+        return fingerprint(encoder.model)
 
     def encode(self, x, blank=None, stored=None):
         """x (b, L) -> continuous latents before any quantizer, (b, M, D) fp32. stored: what the frozen encoder once said of x, (b, M, D)."""

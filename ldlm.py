@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import fingerprint
 from configurator import UserError
 from encoders import check_tokenizer, open_encoder
 from mdlm import one_of, time_grid, wide
@@ -247,6 +248,8 @@ class LDLM(nn.Module):
         one_of('decode_from', c.decode_from, ('states', 'latents'))
         one_of('reconstruction', c.reconstruction, ('mse', 'ce', 'both'))
         one_of('stage', c.stage, ('joint', 'autoencoder', 'diffusion', 'decoder'))
+        if c.latent_encoder != 'none' and c.latent_layers < 1:
+            raise ValueError('latent_layers must be at least 1; no encoder at all is latent_encoder=none')
         head_dim = c.hidden // c.num_heads
         if c.latent_dim % head_dim:
             raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of the denoiser (hidden / num_heads)')
@@ -284,13 +287,18 @@ class LDLM(nn.Module):
     # --- text -> h -> z -> h_hat -> text ------------------------------------------------------------------------------------------
 
     def check_data(self, data, device):
-        """UserError unless the token encoder can read this data source, and has the width that the config says."""
+        """-> fingerprint of the token encoder, or None. UserError unless it can read this data source, and has the width and layer of the config."""
         c = self.config
-        if c.token_encoder != 'scratch':
-            encoder = open_encoder(c.token_encoder, device)
-            check_tokenizer(encoder, data, summary=False)
-            if encoder.width != c.latent_dim:
-                raise UserError(f'{c.token_encoder} has hidden states of width {encoder.width}: --latent_dim={encoder.width}, not {c.latent_dim}')
+        if c.token_encoder == 'scratch':
+            return None
+        encoder = open_encoder(c.token_encoder, device)
+        check_tokenizer(encoder, data, summary=False)
+        if encoder.width != c.latent_dim:
+            raise UserError(f'{c.token_encoder} has hidden states of width {encoder.width}: --latent_dim={encoder.width}, not {c.latent_dim}')
+        if not -encoder.num_layers - 1 <= c.layer <= encoder.num_layers:
+            raise UserError(f'{c.token_encoder} has {encoder.num_layers} layers: --layer=0 (its embeddings) to {encoder.num_layers}, or from the last '
+                            f'one down -1 to {-encoder.num_layers - 1}, not {c.layer}')
+        return fingerprint(encoder.model)
 
     @torch.compiler.disable
     @torch.no_grad()

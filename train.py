@@ -75,11 +75,12 @@ def check(c, world):
         (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
         *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
           ('batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_seqs', 'hidden', 'num_layers', 'num_heads', 'cond_dim',
-           'num_latents', 'latent_dim', 'codebook_size', 'adaptive_every')),
+           'encoder_layers', 'num_latents', 'latent_dim', 'codebook_size', 'adaptive_every')),
+        *((getattr(c, key, 1) > 0, f'{key} must be greater than 0, not {getattr(c, key, 1)}') for key in ('latent_length', 'dead_below', 'tangent')),
         (getattr(c, 'adaptive_bins', 2) >= 2, 'adaptive_bins must be at least 2: the loss rises from one to the next'),
         *((getattr(c, key, 0) >= 0, f'{key} must not be negative, as {getattr(c, key, 0)} is') for key in
           ('block_size', 'micro_batch', 'learning_rate', 'warmup_iters', 'min_lr', 'adam_eps', 'weight_decay', 'grad_clip', 'checkpoint_interval',
-           'encoder_layers', 'latent_layers', 'decoder_layers', 'stage1_iters', 'vq_start', 'encoder_warmup', 'lambda_x', 'lambda_z', 'sigma_dec')),
+           'latent_layers', 'decoder_layers', 'stage1_iters', 'vq_start', 'encoder_warmup', 'lambda_x', 'lambda_z', 'sigma_dec', 'adaptive_floor')),
         *((0 <= getattr(c, key, 0) < 1, f'{key} must be in [0, 1), not {getattr(c, key, 0)}') for key in ('beta1', 'beta2', 'ema', 'dropout')),
         *((0 <= getattr(c, key, 0) <= 1, f'{key} must be in [0, 1], not {getattr(c, key, 0)}') for key in
           ('p_drop', 'p_start', 'stage1_t_min', 'vq_decay', 'self_conditioning', 'mask_states', 'adaptive_memory')),
@@ -214,23 +215,27 @@ def check_fits(checkpoint, config, method, out_dir):
         raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
     old = checkpoint['config']
     # what gives the weights another meaning without giving them another shape
-    meanings = ('method', 'dataset', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'num_latents', 'token_encoder', 'layer', 'stage', 'decode_from')
-    changed = [k for k in meanings if old.get(k, '') != config.get(k, '')]
+    meanings = ('method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'token_encoder', 'encoder_weights',
+                'layer', 'num_latents', 'unit_norm', 'latent_length', 'latent_schedule', 'tangent', 'stage', 'decode_from')
+    changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]  # an older run may not say
     shapes = {k: v.shape for k, v in method.state_dict().items()}
     if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
         changed = [k for k in method_fields(config['method']) if old.get(k) != config.get(k)] or ['the code']
     if changed:
-        was, now = (', '.join(f'{k}={d.get(k, "another one")}' for k in changed) for d in (old, config))
+        was, now = (', '.join(f'{k}={str(d.get(k, "another one"))[:99]}' for k in changed) for d in (old, config))
         raise UserError(f'{out_dir} holds a run with {was}, not {now}; go on with that, or start over with --init_from=scratch, or give another --out_dir')
 
 
 def begin_with(method, config, out_dir):
     """Copies what fits from the run in out_dir: its averaged weights and its buffers. UserError if the texts differ or nothing fits."""
     checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
-    if any(checkpoint['config'].get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
+    old = checkpoint['config']
+    if any(old.get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
         raise UserError(f'{out_dir} was trained with another tokenizer than that of {config["dataset"]}')
     theirs, own = {**checkpoint['model'], **checkpoint['ema']}, method.state_dict()
     fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
+    if any(old.get(k, config.get(k)) != config.get(k) for k in ('token_encoder', 'encoder_weights', 'layer')):
+        fits = {k: v for k, v in fits.items() if k not in ('state_mean', 'state_std')}  # LDLM's: of other states, so they are gathered anew
     if not fits:
         raise UserError(f'{out_dir} has no weight in common with this method')
     method.load_state_dict(fits, strict=False)
@@ -250,12 +255,19 @@ def main(argv):
     device = pick_device(c.device)
     if c.compile and device.type == 'cpu' and not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
         raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, or train without: --compile=False')
-    ours = os.path.exists(os.path.join(c.init_from, 'ckpt.pt'))
-    published = '/' in c.init_from and not ours  # weights of others, and so their shape
+    path = os.path.join(c.out_dir, 'ckpt.pt')
+    checkpoint = load(path) if c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path) else None
+    published = '/' in c.init_from and not is_run(c.init_from)  # weights of others, and so their shape
     if published:
-        from hub import load_hub
-        method, theirs = load_hub(c.init_from, 'cpu')
-        config.update({k: theirs[k] for k in ('method', *method_fields('mdlm')) if k in theirs and not (k == 'block_size' and c.block_size)})
+        if checkpoint:
+            theirs = checkpoint['config']
+        elif c.method == 'mdlm':
+            from hub import load_hub
+            network, theirs = load_hub(c.init_from, 'cpu')
+        else:
+            raise UserError(f'{c.init_from} holds no run of ours, and published weights are of mdlm, not of {c.method}')
+        shape = ('block_size', 'hidden', 'num_layers', 'num_heads', 'cond_dim', 'dropout')
+        config.update({k: theirs[k] for k in shape if k in theirs and not (k == 'block_size' and c.block_size)})
         c = SimpleNamespace(**config)
     train_data = open_data(c.dataset, 'train', c.block_size)
     val_data = open_data(c.dataset, 'val', c.block_size)
@@ -267,25 +279,24 @@ def main(argv):
         config.update(tokenizer=train_data.tokenizer, wrap=train_data.wrap)
 
     torch.manual_seed(c.seed)  # every process begins with the same weights
-    if published:
-        if train_data.vocab_size != theirs['vocab_size']:
-            raise UserError(f'{c.init_from} has {theirs["vocab_size"]:,} tokens and {c.dataset} has {train_data.vocab_size:,}; prepare the data with its tokenizer')
-        weights, method = method.state_dict(), build(config)
-        method.load_state_dict(weights)
-    else:
-        method = build(config)
-        if ours:
-            begin_with(method, config, c.init_from)
+    method = build(config)
     if hasattr(method, 'check_data'):
-        method.check_data(train_data, device)
+        config['encoder_weights'] = method.check_data(train_data, device)
     if getattr(c, 'stored_latents', False):
         train_data, val_data = (WithLatents(data, c.encoder, c.num_latents, c.latent_dim) for data in (train_data, val_data))
-    path = os.path.join(c.out_dir, 'ckpt.pt')
-    checkpoint = None
-    if c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path):
-        checkpoint = load(path)
+        config['encoder_weights'] = train_data.encoder_weights
+    if checkpoint:
         check_fits(checkpoint, config, method, c.out_dir)
         method.load_state_dict(checkpoint['model'])
+    elif published:
+        if train_data.vocab_size != theirs['vocab_size']:
+            raise UserError(f'{c.init_from} has {theirs["vocab_size"]:,} tokens and {c.dataset} has {train_data.vocab_size:,}; '
+                            'prepare the data with its tokenizer')
+        method.load_state_dict(network.state_dict())
+    elif '/' in c.init_from:
+        begin_with(method, config, c.init_from)
+    elif not (getattr(c, 'stage1_iters', 1) or c.encoder and c.latent == 'continuous'):
+        raise UserError('stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, or bring them along, --init_from=out/OTHER')
     start, tokens = (checkpoint['step'], checkpoint['tokens']) if checkpoint else (0, 0)
     if c.wandb:
         try:

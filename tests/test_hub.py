@@ -158,5 +158,6 @@ def test_training_goes_on_from_published_weights(tmp_path, monkeypatch, capsys):
     ours, checkpoint = load_method(f'{tmp_path}/out', 'cpu')
     assert all(torch.equal(w, ours.state_dict()[name]) for name, w in load_hub(folder, 'cpu')[0].state_dict().items())
     assert checkpoint['config']['hidden'] == D and checkpoint['config']['block_size'] == L
+    (tmp_path / 'config.json').unlink()  # they are not needed any more
     go('ten', 2)
     assert 'is at step 1 of 2' in capsys.readouterr().out

@@ -31,7 +31,7 @@ V, L, D = 11, 6, 16
 
 class Encoder:
     """A frozen encoder whose states have a different mean and variance in every feature and depend on the place and on the layer."""
-    width = D
+    width, num_layers, model = D, 3, torch.nn.Linear(1, 1)
 
     def __init__(self):
         self.layers = []
@@ -599,7 +599,7 @@ def test_masked_states_are_the_encoders_alone():
     (dict(latent_encoder='lstm'), 'latent_encoder is one of .* not'), (dict(stage='all'), 'stage is one of'), (dict(decode_from='z'), 'decode_from is one of'),
     (dict(reconstruction='kl'), 'reconstruction is one of'), (dict(token_encoder='scratch'), 'reconstruction=ce'), (dict(latent_dim=20), 'heads of width 8'),
     (dict(reconstruction='ce', token_loss=False), 'token_loss=True'), (dict(reconstruction='both', decode_from='latents'), 'decode_from=states'),
-    (dict(stage='autoencoder', latent_encoder='none', token_loss=False), 'nothing to train')])
+    (dict(stage='autoencoder', latent_encoder='none', token_loss=False), 'nothing to train'), (dict(latent_layers=0), 'latent_encoder=none')])
 def test_choices_that_make_no_sense(wrong, words):
     with pytest.raises(ValueError, match=words):
         build(**wrong)
@@ -612,8 +612,12 @@ def test_check_data(monkeypatch):
     assert asked == ['data']
     with pytest.raises(UserError, match='--latent_dim=16, not 24'):
         build(latent_dim=24).check_data('data', 'cpu')
-    build(token_encoder='scratch', reconstruction='ce').check_data('anything', 'cpu')
-    assert len(asked) == 2
+    for layer in (-5, 4):
+        with pytest.raises(UserError, match=f'has 3 layers: .* not {layer}'):
+            build(layer=layer).check_data('data', 'cpu')
+    assert build(layer=-4).check_data('data', 'cpu') == build(layer=3).check_data('data', 'cpu') == checkpoint.fingerprint(Encoder.model)
+    assert build(token_encoder='scratch', reconstruction='ce').check_data('anything', 'cpu') is None
+    assert asked == ['data'] * 6
 
 
 def test_a_compiled_step_is_the_same_and_is_compiled_once():
@@ -734,6 +738,22 @@ def test_one_phase_after_another(trained_encoder):
     assert changed == {'token_decoder', 'head', 'times'}  # times: the running means fade
 
 
+def test_states_of_another_encoder(trained_encoder, tmp_path):
+    """Their statistics are gathered anew, and a run goes on only with the weights that it began with, also under the same name."""
+    args = [*TINY, trained_encoder, '--max_iters=1']
+    test_train.go('out/first', *args)
+    test_train.go('out/same', *args, '--init_from=out/first')
+    test_train.go('out/deeper', *args, '--init_from=out/first', '--layer=-2')
+    first, same, deeper = (checkpoint.load(f'out/{name}/ckpt.pt')['model']['state_std'] for name in ('first', 'same', 'deeper'))
+    assert torch.equal(first, same) and deeper.all() and not torch.equal(first, deeper)
+    test_train.go('ar', '--method=ar', '--max_iters=2', '--ema=0')
+    encoders.opened.cache_clear()
+    with pytest.raises(UserError, match='not encoder_weights='):
+        test_train.go('out/first', *args)
+    test_train.go('out/later', *args, '--init_from=out/first')
+    assert not torch.equal(first, checkpoint.load('out/later/ckpt.pt')['model']['state_std'])
+
+
 def test_two_processes_keep_one_state(trained_encoder, tmp_path):
     """Every process has the same times at every step, and they are those of a single process."""
     args = [*test_train.TINY, *TINY, trained_encoder, '--max_iters=8', '--eval_interval=8']
@@ -766,7 +786,7 @@ def test_true_size(name, monkeypatch, tmp_path):
 
     def encoder(x, blank=None, layer=-1):
         return gpt2(x, output_hidden_states=True).hidden_states[layer], None
-    encoder.width = 768
+    encoder.width, encoder.num_layers, encoder.model = 768, 12, gpt2
 
     class Data(test_train.Toy):
         vocab_size, block_size = 50257, read(name)['block_size']

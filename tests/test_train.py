@@ -251,11 +251,14 @@ def test_buffers_come_back_after_a_spoilt_step(monkeypatch):
     ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'), ('config/none.py', 'cannot read'),
     ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'), ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16 or float32'),
     ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'), ('--init_from=best', 'auto, scratch, resume, out/OTHER'),
+    ('--init_from=out/none', 'out/none holds no checkpoint'), ('--init_from=a/b --method=ladd', 'of mdlm, not of ladd'),
+    ('--method=ladd', '--stage1_iters=N'), ('--method=ladd --encoder_layers=0', 'at least 1'), ('--method=ladd --latent_length=0', 'greater than 0'),
+    ('--method=ladd --dead_below=0', 'greater than 0'), ('--method=ldlm --tangent=0', 'greater than 0'), ('--method=ldlm --adaptive_floor=-1', 'negative'),
     ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'negative'), ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'), ('--block_size=8', '16 tokens'),
 ])
 def test_mistakes(arg, words, tmp_path):
     with pytest.raises(UserError) as e:
-        go('a', arg)
+        go('a', *arg.split())
     assert words in str(e.value) and '\n' not in str(e.value)
     assert os.listdir(tmp_path) == []
 
@@ -275,6 +278,30 @@ def test_another_shape_is_refused_with_the_way_out(arg):
         go('a', '--max_iters=4', arg)
     assert arg[2:] in str(e.value)
     assert (open('a/ckpt.pt', 'rb').read(), open('a/log.jsonl', 'rb').read()) == before
+
+
+def test_another_meaning_of_the_weights_is_refused(monkeypatch, capsys):
+    """Shapes say nothing of it: other characters of equal number, another length or noise of the latents."""
+    monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abcd', 'eos': False}, raising=False)
+    monkeypatch.setattr(Toy, 'wrap', False, raising=False)
+    args = [*ONE_AND_TWO['co_ladd'], '--max_iters=1']
+    go('a', *args)
+    assert 'of the text itself, no bound' in capsys.readouterr().out
+    for arg in ('--unit_norm=False', '--latent_length=2', '--latent_schedule=vp_linear'):
+        with pytest.raises(UserError, match=f'not {arg[2:]}'):
+            go('a', *args, arg)
+    monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abdc', 'eos': False})
+    with pytest.raises(UserError, match="'abcd'.* not tokenizer=.*'abdc'"):
+        go('a', *args)
+
+
+def test_a_run_goes_on_without_the_one_it_began_with(capsys):
+    go('other', '--max_iters=1')
+    args = [f'--init_from={os.getcwd()}/other']
+    go('a', *args, '--max_iters=1')
+    assert 'tensors begin as' in capsys.readouterr().out
+    os.rename('other', 'gone')
+    assert len(go('a', *args, '--max_iters=2')) == 2 and 'begin as' not in capsys.readouterr().out
 
 
 def test_spoilt_checkpoint_and_blocked_folder():
