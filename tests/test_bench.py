@@ -18,7 +18,7 @@ TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--bat
 
 def go(*args):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *TINY, *args], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *TINY, *args], capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.mark.parametrize('method', ['mdlm', 'ar'])

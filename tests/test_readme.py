@@ -105,7 +105,7 @@ def launch(argv):
     if two:
         command[3:3] = ['--local-addr=localhost']
     nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(1 + two)]
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
     if any(node.returncode for node in nodes):
         raise RuntimeError('\n'.join(outputs)[-3000:])
     if '2 x cpu' not in ''.join(outputs):
