@@ -398,7 +398,7 @@ def processes(world, args, prepare):
 def run_script(text):
     with open('script.py', 'w') as f:
         f.write(text)
-    return subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+    return subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
 
 
 def test_gradients_of_two_processes_are_those_of_one():
