@@ -1,6 +1,6 @@
 """
 Co-LADD on sawtooth, the main job: one continuous latent per text, joint and sequential sampling from one checkpoint.
-Tuned for two CPU cores (MINUTES minutes).
+Tuned for two CPU cores (eight minutes).
 
 Departs from the official settings (sawtooth_co_ladd_paper.py), besides what sawtooth_di_ladd.py says of width, rate and stage 1:
 - one model for both strategies: independent times instead of t_z = t_x, so that the token denoiser meets clean latents too, and a
@@ -24,13 +24,13 @@ latent_schedule = 'vp_sqrt'
 times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
-stage1_iters = 1000
+stage1_iters = 1200
 stage1_t_min = 0.8
 stage1_clean = True
 p_start = 0.25
 
 batch_size = 32
-max_iters = 4000
+max_iters = 5000
 learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'
