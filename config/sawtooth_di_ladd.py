@@ -1,5 +1,5 @@
 """
-Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (six minutes).
+Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (seven minutes).
 
 Departs from the official settings (sawtooth_di_ladd_paper.py):
 - a narrow network, small batches, a high rate that falls to zero, as in sawtooth_mdlm.py
