@@ -49,7 +49,7 @@ def full_cross_entropy(head, h, targets, weights):
     return (weights * F.cross_entropy(head(h).float(), targets, reduction='none')).sum()
 
 
-def full_token_loss(self, h, x, mask, t, total, uniform=True):
+def full_token_loss(self, h, x, mask, t, uniform=True):
     """What MDLM.token_loss computes, from the logits of every position."""
     weight = mdlm.elbo_weight(t, self.config.schedule) if self.config.weighting == 'elbo' else torch.ones_like(t)
     weights = (weight[:, None] * mask / x.numel()).flatten()
@@ -113,7 +113,7 @@ def measure(c, config, device, L):
     if c.compile:
         compile_in_place(method, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
-    micro = c.micro_batch or c.batch_size
+    accumulate = c.batch_size // (c.micro_batch or c.batch_size)
     rows = torch.arange(c.batch_size, device=device)
     x = torch.randint(c.vocab_size, (c.batch_size, L), device=device)
 
@@ -121,11 +121,11 @@ def measure(c, config, device, L):
         noise = Noise(c.seed, step, rows, c.batch_size)
         if hasattr(method, 'begin_step'):
             with autocast:
-                method.begin_step(step, lambda n: torch.randint(c.vocab_size, (n, L), device=device), noise)
-        for i in range(0, c.batch_size, micro):
+                method.begin_step(step, lambda n: (torch.randint(c.vocab_size, (n, L), device=device),), noise)
+        for i in range(accumulate):
             with autocast:
-                loss, _ = method(x[i:i + micro], noise[i:i + micro])
-            (loss * (micro / c.batch_size)).backward()
+                loss, _ = method(x[i::accumulate], noise[i::accumulate])
+            (loss / accumulate).backward()
         torch.nn.utils.clip_grad_norm_(params, c.grad_clip or float('inf'))
 
     for step in range(2):

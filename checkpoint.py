@@ -108,13 +108,13 @@ def load(path):
     return checkpoint
 
 
-def load_method(out_dir, device, ema=True):
-    """out_dir -> (method in eval mode on device, with the averaged weights unless ema=False; its checkpoint)."""
+def load_method(out_dir, device):
+    """out_dir -> (method in eval mode on device, with the averaged weights; its checkpoint)."""
     path = os.path.join(out_dir, 'ckpt.pt')
     checkpoint = load(path)
     method = build(checkpoint['config'])
     try:
-        method.load_state_dict({**checkpoint['model'], **(checkpoint['ema'] if ema else {})})
+        method.load_state_dict({**checkpoint['model'], **checkpoint['ema']})
     except RuntimeError as e:
         raise UserError(f'{path} does not fit the method {checkpoint["config"]["method"]} of today; train it anew with --init_from=scratch') from e
     return method.to(device).eval(), checkpoint

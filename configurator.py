@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def nearest(name, known):
-    """' Did you mean X?' for the likeliest typing mistake, otherwise the whole list."""
+    """'did you mean X?' for a likely typing mistake, otherwise the whole list."""
     close = difflib.get_close_matches(name, known, n=1)
     return f'did you mean {close[0]}?' if close else f'known: {", ".join(sorted(known))}'
 

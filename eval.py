@@ -29,8 +29,8 @@ throughput   samples per second after a warm-up, at --batch_size; and divided by
              cpu_seconds_per_sample, of all threads of this process, is what a machine that is busy with something else still measures fairly.
 reconstruction  LDLM: share of the validation texts' tokens that survive encoding and decoding
 smoothness   LDLM figure 3: Gen PPL along the straight line between the latents of two random validation texts, pooled over --num_samples pairs at
-             each of 11 points (gen_ppl_path). How many pairs and points the paper does not say; and the one number, the worst Gen PPL on
-             the way over the mean of the two ends, is ours.
+             each of 11 points (gen_ppl_path). Ours: the numbers of pairs and points, and `smoothness` itself, the worst Gen PPL on the way
+             over the mean of the two ends.
 
 Every result on samples has the entropies, the time and the GFLOPs, because gen_ppl without them says little: a model that repeats one
 sentence has the best gen_ppl of all.

@@ -1,5 +1,5 @@
 """
-What a step, a GFLOP, a second buys: the compute-quality frontier of any runs, from checkpoints to LADD's tables 2, 5, 9, 11 and 13 and the figure.
+Quality against cost, for any runs: samples and scores checkpoints, prints LADD's tables 2, 5, 9, 11 and 13, and draws the figure.
 
     python frontier.py out/A out/B out/B_seed1 --steps=1,2,4,8,16,32,64 --num_samples=64 --teacher=out/AR      -> out/A/frontier.png
     python frontier.py out/A out/B --strategies=seq --latent_steps=2,8,32       other curves of the same runs

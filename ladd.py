@@ -13,7 +13,6 @@ A pretrained encoder is frozen from the start: Co-LADD then begins with the seco
 Read in this order: latent schedules, samplers, Quantizer, encoders, class LADD.
 """
 import functools
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, time_grid
 from model import DiT
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: abar^2 runs from .9999 to .0001
+# schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: .0001 <= abar^2 <= .9999
 
 VP_SCHEDULES = ('vp_linear', 'vp_cosine', 'vp_sqrt')
 
@@ -61,8 +60,7 @@ def ddim_step(z_t, z0_hat, t, s, schedule='vp_sqrt'):
 
 def code_step(z_t, logits, t, s, schedule='linear', generator=None):
     """A step of masked diffusion over code indices z_t (n, M), the last index K being [mask]; logits (n, M, K)."""
-    alpha_s = alpha(s, schedule) if s > 0 else torch.ones_like(s)
-    reveal, _ = choose(z_t, alpha(t, schedule), alpha_s, logits.shape[-1], generator=generator)
+    reveal, _ = choose(z_t, alpha(t, schedule), alpha(s, schedule), logits.shape[-1], generator=generator)
     z_s = z_t.clone()
     if reveal.any():
         z_s[reveal] = draw_tokens(logits[reveal], generator=generator)
@@ -97,12 +95,12 @@ def latent_chain(predict, z, steps, latent_step):
 # the vector quantizer of Di-LADD: LADD appendix C.2
 
 def everyone(rows):
-    """The rows of all processes in the order of the global batch (process r holds rows r, r + W, ...): (b, ...) -> (W b, ...)."""
+    """The rows of all W processes, side by side: (b, ...) -> (b, W, ...)."""
     if not dist.is_initialized():
-        return rows
+        return rows[:, None]
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, rows.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    return torch.stack(parts, dim=1)
 
 
 def in_fp32(method):
@@ -117,8 +115,8 @@ def in_fp32(method):
 class Quantizer(nn.Module):
     """Cosine-similarity codebook, updated by exponential averages; its state lives in buffers.
 
-    As VectorQuantize of vector-quantize-pytorch with use_cosine_sim, which the paper names: decay .95, commitment .1, dead-code
-    threshold 2, k-means initialisation with 10 iterations.
+    As VectorQuantize of vector-quantize-pytorch with use_cosine_sim, the library that the paper names. The official code's values: decay .95,
+    commitment .1, dead-code threshold 2, k-means initialisation with 10 iterations.
     """
     at_once = 4096  # vectors that meet all the codes at a time: k-means sees 131,000 vectors for 8,191 codes
 
@@ -158,9 +156,9 @@ class Quantizer(nn.Module):
         straight = e + (quantised - e).detach()
         if noise is not None:
             self.waiting.append((everyone(e.detach()), everyone(codes)))
-            if sum(len(part) for _, part in self.waiting) == noise.total:
-                e_all, codes_all = (torch.cat(parts).flatten(0, 1) for parts in zip(*self.waiting))
-                self.update(e_all, codes_all, noise)
+            if sum(codes[..., 0].numel() for _, codes in self.waiting) == noise.total:
+                e_all, codes_all = (torch.stack(parts, dim=1) for parts in zip(*self.waiting))  # (b, micro-batches, W, M, ...)
+                self.update(e_all.flatten(0, 3), codes_all.flatten(), noise)  # in the order of the global batch
                 self.waiting = []
         return straight, codes, loss
 
@@ -196,7 +194,7 @@ class Quantizer(nn.Module):
         return torch.exp(-torch.special.xlogy(p, p).sum())
 
     def usage(self):
-        """Share of the codes that are chosen more often than the dead ones start with."""
+        """Share of the codes whose running count is above the dead-code threshold."""
         return (self.counts > self.dead_below).float().mean()
 
 
@@ -215,8 +213,8 @@ class Config(mdlm.Config):
     encoder: str = ''  # '': learned | hub id, folder or out/NAME of an AR checkpoint: pretrained and frozen, see encoders.py
     stored_latents: bool = False  # train on what the frozen encoder said once and data/encode.py stored
     encoder_layers: int = 2  # of the learned encoder, a DiT of the same width
-    unit_norm: bool = True  # scale each continuous latent to length 1, LADD eq. (75),
-    latent_length: float = 1.0  # or to this one: sqrt(D) makes the variance of a coordinate 1, as the noise's is (our experiment)
+    unit_norm: bool = True  # scale each continuous latent to latent_length, LADD eq. (75)
+    latent_length: float = 1.0  # the paper's; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
     latent_layers: int = 0  # > 0: a latent denoiser of its own for sequential sampling; 0: the MM-DiT with all tokens masked
     lambda_x: float = 1.0
     lambda_z: float = 1.0
@@ -224,10 +222,10 @@ class Config(mdlm.Config):
     p_drop: float = 0.0  # latent dropout per sequence (Co-LADD)
     encoder_dropout: bool = False  # p_r ~ U[0, .9] per sequence: blank masked positions in the encoder's input
     p_start: float = 0.0  # share of sequences trained with all tokens masked, where sequential sampling starts (our choice)
-    stage1_iters: int = 0  # steps of stage 1; its token times are U[stage1_t_min, 1], and its latents are clean if stage1_clean
-    stage1_t_min: float = 0.0
-    stage1_clean: bool = False
-    vq_start: int = 0  # step at which k-means starts the codebook; before it the latents pass unquantised
+    stage1_iters: int = 0  # steps of stage 1
+    stage1_t_min: float = 0.0  # its token times are U[stage1_t_min, 1] (our choice, like the next two; why: config/sawtooth_di_ladd.py)
+    stage1_clean: bool = False  # its latents are not noised
+    vq_start: int = 0  # step at which k-means starts the codebook; before it the latents pass unquantised, and validation means nothing
 
 
 class Encoder(nn.Module):
@@ -274,9 +272,9 @@ class LADD(mdlm.MDLM):
     def __init__(self, config):
         c = config
         super().__init__(c, c.num_latents)
+        mdlm.one_of('latent', c.latent, ('continuous', 'discrete'))
         self.discrete = c.latent == 'discrete'
         self.no_bound = '' if self.discrete else ' (of the tokens given the latent of the text itself, no bound)'  # what nll is, for who prints it
-        mdlm.one_of('latent', c.latent, ('continuous', 'discrete'))
         masking = ('linear', 'polynomial')  # not geometric: alpha_0 < 1 would owe both channels a reconstruction term
         mdlm.one_of('schedule', c.schedule, masking)
         mdlm.one_of('latent_schedule', c.latent_schedule, masking if self.discrete else VP_SCHEDULES)
@@ -351,7 +349,10 @@ class LADD(mdlm.MDLM):
     # --- the denoisers --------------------------------------------------------------------------------------------------------------
 
     def hidden_states(self, x_t, z_t, t_z):
-        """Vectors z_t (b, M, D), t_z (b,) -> (b, L, d), (b, M, d). Gaussian latents need their time; [mask]s tell it by themselves."""
+        """Vectors z_t (b, M, D), t_z (b,) -> (b, L, d), (b, M, d). Gaussian latents need their time
+
+        (only their own stream sees it: our choice, the official code tells both); [mask]s show theirs.
+        """
         return self.dit(self.embed(x_t), self.z_in(z_t), t=[None, None if self.discrete else t_z])
 
     def predict_latent(self, z_t, t_z, x_t):
@@ -366,41 +367,41 @@ class LADD(mdlm.MDLM):
     def begin_step(self, step, draw_rows, noise):
         """Sets the stage from the step, and starts the codebook when its time has come.
 
-        draw_rows(n) -> n training texts (n, L), or (texts, their stored latents).
+        draw_rows(n) -> n training texts (n, L), and their stored latents if there are any.
         """
         c = self.config
         self.stage, self.quantising = 1 if step < c.stage1_iters else 2, step >= c.vq_start
         self.encoder.train(self.stage == 1)
         if self.discrete and step == c.vq_start and self.stage == 1:
             n = max(1, 16 * c.codebook_size // c.num_latents)  # 16 vectors for every code
-            rows = draw_rows(n)
-            x, *z_0 = rows if isinstance(rows, tuple) else (rows,)
             self.encoder.eval()
-            e = torch.cat([self.encode(x, stored=z) for x, z in zip(x.split(256), z_0[0].split(256) if z_0 else itertools.repeat(None))])
+            e = torch.cat([self.encode(x, None, *z_0) for x, *z_0 in zip(*(part.split(256) for part in draw_rows(n)))])
             self.encoder.train()
             self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
 
     def forward(self, x, noise, z_0=None):
         """Training loss of x (b, L) int64, LADD eq. (14), and logs. z_0: stored latents (b, M, D), instead of encoding x."""
-        c, first = self.config, self.stage == 1
-        t_x = noise.times('t_x')
-        if first:
+        c, stage1 = self.config, self.stage == 1
+        t_x = noise.times('t_x', in_order=True)
+        if stage1:
             t_x = c.stage1_t_min + (1 - c.stage1_t_min) * t_x
         elif c.p_start:
             t_x = torch.where(noise.uniform('start') < c.p_start, 1.0, t_x)
         t_x = 1e-4 + (1 - 1e-4) * t_x
-        t_z = torch.zeros_like(t_x) if first and c.stage1_clean else noise.times('t_z') if c.times == 'independent' else t_x
+        t_z = noise.times('t_z') if c.times == 'independent' else t_x
+        if stage1 and c.stage1_clean:
+            t_z = torch.zeros_like(t_x)
         x_t, mask = self.corrupt(x, t_x, noise)
 
         blank = None
         if c.encoder_dropout:
             p_r = 0.9 * noise.uniform('p_r')
             blank = mask & (noise.uniform('blank', x.shape[1]) < p_r[:, None])
-        with torch.set_grad_enabled(first):  # stage 2: encoder and codebook are frozen
+        with torch.set_grad_enabled(stage1):  # stage 2: encoder and codebook are frozen
             z_0 = self.encode(x, blank, z_0)
         logs, vq_loss = {}, 0.0
         if self.discrete and self.quantising:
-            z_0, codes, vq_loss = self.quantizer(z_0, noise if first else None)
+            z_0, codes, vq_loss = self.quantizer(z_0, noise if stage1 else None)
             z_code = self.corrupt_latent(codes, t_z, noise)
             z_masked = z_code == c.codebook_size
             z_t = torch.where(z_masked[..., None], self.z_mask, z_0)  # z_0: code vectors with the straight-through gradient
@@ -408,16 +409,16 @@ class LADD(mdlm.MDLM):
         elif self.discrete:
             z_t = z_0
         else:
-            drop = noise.uniform('drop') < c.p_drop  # as in the official code: z_0 = z_t = 0, and no latent loss for that sequence
+            drop = noise.uniform('drop') < c.p_drop  # as in the official code: z_0 = z_t = 0 and no latent loss (the paper noises the zeros and keeps the loss)
             z_t = self.corrupt_latent(z_0, t_z, noise).masked_fill(drop[:, None, None], 0)
 
         h_x, h_z = self.hidden_states(x_t, z_t, t_z)
-        token_loss, overflow = self.token_loss(h_x, x, mask, t_x, noise.total, uniform=not (first and c.stage1_t_min or c.p_start))
+        token_loss, overflow = self.token_loss(h_x, x, mask, t_x, uniform=not (stage1 and c.stage1_t_min or c.p_start))
         loss = c.lambda_x * token_loss
-        if first:
+        if stage1:
             loss = loss + vq_loss
         else:
-            def latent_loss(prediction):
+            def latent_loss(prediction):  # LADD eq. (13)
                 if not self.discrete:
                     return ((prediction - z_0).square().mean(dim=(1, 2)) * ~drop).mean()
                 weight = elbo_weight(t_z.clamp(min=1e-4), c.latent_schedule) if c.weighting == 'elbo' else torch.ones_like(t_z)
@@ -491,7 +492,9 @@ class LADD(mdlm.MDLM):
 
         if strategy == 'seq':
             if z_0 is None:
-                z_0 = latent_chain(lambda z, t: self.predict_latent(see(z), times(t), x.new_full(x.shape, self.mask_id)), z, latent_steps, latent_step)
+                def predict(z, t):
+                    return self.predict_latent(see(z), times(t), torch.full_like(x, self.mask_id))
+                z_0 = latent_chain(predict, z, latent_steps, latent_step)
 
             def denoise(x_t, where):
                 active = where.any(dim=1)
@@ -503,8 +506,7 @@ class LADD(mdlm.MDLM):
             h_x, h_z = self.hidden_states(x_t, see(z_t), times(t))
             return self.head(h_x[where]), self.z_head(h_z)
 
-        def draw(logits, generator):
-            return draw_tokens(logits, temperature, top_p, generator)
+        draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
         alphas = alpha(time_grid(steps, device), c.schedule)
         return joint(denoise, x, z, steps, alphas, latent_step, self.mask_id, draw, eta if sampler == 'remdm' else 0.0, generator, callback)
 

@@ -6,7 +6,7 @@ LDLM: latent diffusion trained jointly with its latent space (How to Train Your 
     z_t = alpha_t z + sigma_t eps,  z_hat = denoiser(z_t, t, earlier z_hat)
     loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                                              LDLM eq. (1) - (4)
 
-Trained so and no more, the denoiser asks the encoder for tiny latents, and gets them. The recipe against it, each part a key of its own:
+With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the recipe prevent that, a key each:
     reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep: latents of like states may be alike
     encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the denoiser learns from the start
     adaptive_t             times are drawn so that the loss rises evenly over them
@@ -30,7 +30,7 @@ from mdlm import one_of, time_grid, wide
 from model import DiT, attend, head_cross_entropy, rope_table, rotate, rows_at_once
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# the tangent schedule [family]: sigma_t / alpha_t = d tan(pi t / 2), variance preserving, from nothing to nothing but noise
+# the tangent schedule [paper; its formula: family]: sigma_t / alpha_t = d tan(pi t / 2), variance preserving, from nothing to nothing but noise
 
 def alpha_sigma(t, d=3.0):
     """Signal and noise levels of z_t; any tensor t in [0, 1] -> two of the same shape, alpha^2 + sigma^2 = 1."""
@@ -206,7 +206,7 @@ STATE_TOKENS = 2**16  # of training text, whose states give their mean and varia
 class Config:
     vocab_size: int = 0  # from the data
     block_size: int = 0  # L: tokens, and latents
-    # the denoiser, a DiT [paper]; cond_dim, one [checked] by the 132M parameters
+    # the denoiser, a DiT [paper]; cond_dim fits its 132M parameters [checked]
     hidden: int = 768
     num_layers: int = 12
     num_heads: int = 12
@@ -346,7 +346,7 @@ class LDLM(nn.Module):
             self.times.refresh()
         if step == 0 and c.token_encoder != 'scratch' and not self.state_std.any():
             total = torch.zeros(3, c.latent_dim, dtype=wide(self.state_std.device), device=self.state_std.device)
-            for x in draw_rows(math.ceil(STATE_TOKENS / c.block_size)).split(16):  # the same ones on every process
+            for x in draw_rows(math.ceil(STATE_TOKENS / c.block_size))[0].split(16):  # the same ones on every process
                 h = self.raw_states(x).flatten(0, 1).to(total.dtype)
                 total += torch.stack((h.sum(dim=0), h.square().sum(dim=0), torch.full_like(h[0], len(h))))
             mean, square = total[:2] / total[2]

@@ -8,8 +8,9 @@ MDLM: masked discrete diffusion for text (Sahoo et al., 2024; LADD section 2.2).
                 (alpha_s - alpha_t) / (1 - alpha_t), drawing its token from the denoiser                 LADD eq. (47)
 
 The SUBS parameterisation needs no code: the head has no output for [mask], and it is asked about masked positions only.
-Read in this order: schedules, samplers, class MDLM.
+Read in this order: schedules, samplers, class MDLM, what it uses.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,6 @@ from model import DiT, head_cross_entropy, head_nll
 # schedules: LADD table 7
 
 B_MIN, B_MAX = 1e-3, 20.0  # the geometric schedule's
-
-
 SCHEDULES = ('linear', 'polynomial', 'geometric')
 
 
@@ -125,30 +124,6 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
 # ----------------------------------------------------------------------------------------------------------------------------------
 # the method
 
-def masked_rows(mask, total, uniform=True):
-    """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed before the mask is drawn.
-
-    A fixed shape keeps the step free of host synchronisation and of recompilation. The number of slots is the mean count, plus the most
-    that the common offset of stratified times can add to it, plus 6 sigma for the rest: which b of the batch's `total` strata are here,
-    and L coins each. For other than uniform times: every position.
-    -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
-    """
-    b, L = mask.shape
-    variance = b * L / 6 + L**2 * b / 12 * (1 - b / total)
-    capacity = min(b * L, int(b * L / 2 + L * b / total / 2 + 6 * variance**0.5) + 1) if uniform else b * L
-    flat = mask.flatten()
-    if mask.device.type == 'cpu' and not torch.compiler.is_compiling():
-        # there is nobody to synchronise with: drop empty slots, but keep to a few sizes, since the CPU's kernels are cached by shape
-        capacity = min(capacity, int(flat.sum()) // 64 * 64 + 64)
-    rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
-    return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)
-
-
-def one_of(key, value, allowed):
-    if value not in allowed:
-        raise ValueError(f'{key} is one of {", ".join(allowed)}, not {value!r}')
-
-
 @dataclass
 class Config:
     vocab_size: int = 0  # from the data; id vocab_size is [mask]
@@ -186,15 +161,15 @@ class MDLM(nn.Module):
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
-        t = 1e-4 + (1 - 1e-4) * noise.times('t_x')
+        t = 1e-4 + (1 - 1e-4) * noise.times('t_x', in_order=True)  # from 1e-4 on, as in the official code: the weight is 1 / t
         x_t, mask = self.corrupt(x, t, noise)
         h = self.dit(self.embed(x_t))
-        loss, overflow = self.token_loss(h, x, mask, t, noise.total)
+        loss, overflow = self.token_loss(h, x, mask, t)
         return loss, {'loss': loss.detach(), 'overflow': overflow}
 
-    def token_loss(self, h, x, mask, t, total, uniform=True):
+    def token_loss(self, h, x, mask, t, uniform=True):
         """The weighted cross-entropy at the masked positions, per token: LADD eq. (6), (12). h (b, L, d) -> scalar, overflow count."""
-        rows, used, overflow = masked_rows(mask, total, uniform)
+        rows, used, overflow = masked_rows(mask, uniform)
         weight = elbo_weight(t, self.config.schedule) if self.config.weighting == 'elbo' else torch.ones_like(t)
         weights = weight.repeat_interleave(x.shape[1])[rows] * used / x.numel()
         return head_cross_entropy(self.head, h.flatten(0, 1)[rows], x.flatten()[rows], weights), overflow
@@ -237,10 +212,34 @@ class MDLM(nn.Module):
         return self.dit.flops(L)
 
 
+# ----------------------------------------------------------------------------------------------------------------------------------
+# what the methods use
+
+def masked_rows(mask, uniform=True):
+    """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed before the mask is drawn.
+
+    A fixed shape keeps the step free of host synchronisation and of recompilation. The number of slots is the mean count, plus the most
+    that the common offset of b evenly spaced times can add to it, plus 6 sigma of the coins. For other times: every position.
+    -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
+    """
+    b, L = mask.shape
+    capacity = min(b * L, int(b * L / 2 + L / 2 + 6 * (b * L / 6) ** 0.5) + 1) if uniform else b * L
+    flat = mask.flatten()
+    if mask.device.type == 'cpu' and not torch.compiler.is_compiling():
+        # there is nobody to synchronise with: drop empty slots, but keep to a few sizes, since the CPU's kernels are cached by shape
+        capacity = min(capacity, int(flat.sum()) // 64 * 64 + 64)
+    rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
+    return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)
+
+
+def one_of(key, value, allowed):
+    if value not in allowed:
+        raise ValueError(f'{key} is one of {", ".join(allowed)}, not {value!r}')
+
+
 def run_sampler(denoise, x, mask_id, steps, schedule, sampler, eta, temperature, top_p, generator, callback):
     """Token sampling by name, for the methods' `sample`."""
-    def draw(logits, generator):
-        return draw_tokens(logits, temperature, top_p, generator)
+    draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
     if sampler == 'first_hitting':
         return first_hitting(denoise, x, mask_id, draw, generator, callback)
     alphas = alpha(time_grid(steps, x.device), schedule)

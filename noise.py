@@ -56,13 +56,13 @@ class Noise:
         """N(0, 1), float32 (b, *shape), by inverting the distribution function (cut off at 5.3 standard deviations)."""
         return torch.special.ndtri(self.uniform(name, *shape))
 
-    def times(self, name):
+    def times(self, name, in_order=False):
         """Low-discrepancy times (Kingma et al., 2021): t_b = (u + pi(b) / B) mod 1, float32 (b,): one t in each of B equal strata.
 
-        The strata are of the *global* batch, and pi is a fresh permutation for each name: the times of two channels are then
-        independent for every row (in batch order their difference would be one constant for the whole batch).
+        The strata are of the *global* batch. pi is a fresh permutation for each name, or none at all if in_order: then rows r, r+W, r+2W ...
+        are a low-discrepancy batch of their own. Two channels in order would differ by one constant for the whole batch: one of them at most.
         """
-        stratum = self.permutation(name, self.total)[self.rows]
+        stratum = self.rows if in_order else self.permutation(name, self.total)[self.rows]
         offset = unit(self._bits(name + ' offset', self.rows.new_zeros(1)))
         return ((offset + stratum / self.total) % 1).clamp(min=2.0**-24)  # 0 would have an infinite ELBO weight
 

@@ -191,10 +191,6 @@ def exact_records(n, steps):
     return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T))) for kind in kinds for T in steps]
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def told_apart(records):
     """Where runs of one method differ in more than the seed (out/A, out/A_seed1), the folder becomes part of the name."""
     def folder(r):
@@ -226,19 +222,19 @@ def print_tables(records):
         what, key, best = f'{name}, {"clean latent" if strategy == "seq" else "latent at t_z = t_x"}', f'{method} {strategy}', '     -'
         if method == 'MDLM':
             what, key, best = name, method, '0.5303'
-        print(f'  {what:50s} {mean(values):.4f}   {best}   {PAPER[key]:.4f}')
+        print(f'  {what:50s} {np.mean(values):.4f}   {best}   {PAPER[key]:.4f}')
     if gaps:
         print('\nAgainst Bayes, half of the tokens visible                KL      mean |p - 1/2|: network, Bayes')
     for (name, kind), values in gaps.items():
-        kl, network, bayes = map(mean, zip(*values))
+        kl, network, bayes = map(np.mean, zip(*values))
         print(f'  {name + (", of a text" if kind == "data" else ", fair coins"):50s} {kl:.4f}   {network:.3f}, {bayes:.3f}')
     table, floor = curves(records), [r for r in records if r['name'] == 'data']
     steps = sorted({T for curve in table.values() for T in curve})
-    print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {mean([r["swd"] for r in floor]):.4f}')
+    print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {np.mean([r["swd"] for r in floor]):.4f}')
     print(f'  {"token steps":24s}' + ''.join(f'{T:>8d}' for T in steps) + '   runs')
     for name, curve in sorted(table.items(), key=lambda kv: kv[0].startswith('exact')):
         runs = dict.fromkeys(str(len(curve[T])) for T in steps if T in curve)
-        print(f'  {name:24s}' + ''.join(f'{mean(curve[T]):8.4f}' if T in curve else '       -' for T in steps) + f'   {", ".join(runs)}')
+        print(f'  {name:24s}' + ''.join(f'{np.mean(curve[T]):8.4f}' if T in curve else '       -' for T in steps) + f'   {", ".join(runs)}')
 
 
 def figure(records, path):
@@ -249,8 +245,8 @@ def figure(records, path):
     chart = plt.figure(figsize=(7, 4.2))
     for name, curve in curves(records).items():
         style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
-        plt.plot(list(curve), [mean(v) for v in curve.values()], color=colors.get(name), label=name, **style)
-    plt.axhline(mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
+        plt.plot(list(curve), [np.mean(v) for v in curve.values()], color=colors.get(name), label=name, **style)
+    plt.axhline(np.mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
     plt.gca().xaxis.set_major_formatter('{x:.0f}')
     plt.yscale('log')

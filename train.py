@@ -66,34 +66,8 @@ defaults = dict(
 EVAL_SEED = 0xE0A1  # evaluation draws the same times and masks whenever, whatever and wherever we train
 
 
-def check(c, world):
-    """UserError for values of the right type that make no sense together."""
-    share = c.batch_size // world
-    rules = [
-        (c.init_from in ('auto', 'scratch', 'resume') or '/' in c.init_from, f'init_from is auto, scratch, resume, out/OTHER, OWNER/NAME of the hub or a folder, not {c.init_from!r}'),
-        (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}'),
-        (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
-        *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
-          ('batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_seqs', 'hidden', 'num_layers', 'num_heads', 'cond_dim',
-           'encoder_layers', 'num_latents', 'latent_dim', 'codebook_size', 'adaptive_every')),
-        *((getattr(c, key, 1) > 0, f'{key} must be greater than 0, not {getattr(c, key, 1)}') for key in ('latent_length', 'dead_below', 'tangent')),
-        (getattr(c, 'adaptive_bins', 2) >= 2, 'adaptive_bins must be at least 2: the loss rises from one to the next'),
-        *((getattr(c, key, 0) >= 0, f'{key} must not be negative, as {getattr(c, key, 0)} is') for key in
-          ('block_size', 'micro_batch', 'learning_rate', 'warmup_iters', 'min_lr', 'adam_eps', 'weight_decay', 'grad_clip', 'checkpoint_interval',
-           'latent_layers', 'decoder_layers', 'stage1_iters', 'vq_start', 'encoder_warmup', 'lambda_x', 'lambda_z', 'sigma_dec', 'adaptive_floor')),
-        *((0 <= getattr(c, key, 0) < 1, f'{key} must be in [0, 1), not {getattr(c, key, 0)}') for key in ('beta1', 'beta2', 'ema', 'dropout')),
-        *((0 <= getattr(c, key, 0) <= 1, f'{key} must be in [0, 1], not {getattr(c, key, 0)}') for key in
-          ('p_drop', 'p_start', 'stage1_t_min', 'vq_decay', 'self_conditioning', 'mask_states', 'adaptive_memory')),
-        (c.batch_size % world == 0, f'batch_size={c.batch_size} does not divide among {world} processes; {max(share, 1) * world} would'),
-        (share % (c.micro_batch or 1) == 0, f'micro_batch={c.micro_batch} does not divide the {share} sequences of a process; '
-                                            f'{math.gcd(share, c.micro_batch)} would'),
-    ]
-    for good, message in rules:
-        if not good:
-            raise UserError(message)
-    if hasattr(c, 'num_heads') and c.hidden % (2 * c.num_heads):
-        raise UserError(f'hidden={c.hidden} does not divide into {c.num_heads} heads of an even width')
-
+# ----------------------------------------------------------------------------------------------------
+# optimization and evaluation
 
 def learning_rate(c, step):
     """Linear warmup, then constant, half a cosine or a line."""
@@ -102,37 +76,6 @@ def learning_rate(c, step):
     x = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)  # 0 ... 1
     fall = {'constant': 1.0, 'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x}[c.decay_lr]
     return c.learning_rate * (c.min_lr + (1 - c.min_lr) * fall)
-
-
-def connect(backend):
-    """Joins the processes that torchrun started.
-
-    torchrun keeps one key-value store over its restarts, where a process may find the address of one that died (pytorch issue 135712) and
-    wait for it. So each attempt gets a prefix of its own: rank 0 draws it, and tells the others under a name that no earlier attempt knew.
-    """
-    store, rank, world = next(dist.rendezvous('env://'))
-    prefix = name = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f'name of {rank}', name)
-        prefix = store.get(f'prefix for {name}').decode()  # waits for it
-        store.add(f'{prefix} arrived', 1)
-    while rank == 0 and store.add(f'{prefix} arrived', 0) < world - 1:
-        for key in (f'name of {r}' for r in range(1, world)):
-            if store.check([key]):
-                store.set(f'prefix for {store.get(key).decode()}', prefix)
-        time.sleep(0.01)
-    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
-
-
-def transformers(method):
-    """Its networks between embeddings and heads."""
-    return [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
-
-
-def compile_in_place(method, device):
-    """The names in the state dict stay as they are. On a CPU the heads keep out: their number of rows changes from step to step."""
-    for module in [method] if device.type == 'cuda' else transformers(method):
-        module.compile()
 
 
 def average_gradients(params, loss, world):
@@ -189,8 +132,74 @@ def evaluate(method, data, n, batch, rank, world, device):
     return nats.item() / (n * data.block_size)
 
 
+# ----------------------------------------------------------------------------------------------------
+# processes and compilation
+
+def connect(backend):
+    """Joins the processes that torchrun started.
+
+    torchrun keeps one key-value store over its restarts, where a process may find the address of one that died (pytorch issue 135712) and
+    wait for it. So each attempt gets a prefix of its own: rank 0 draws it, and tells the others under a name that no earlier attempt knew.
+    """
+    store, rank, world = next(dist.rendezvous('env://'))
+    prefix = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'name of {rank}', name)
+        prefix = store.get(f'prefix for {name}').decode()  # waits for it
+        store.add(f'{prefix} arrived', 1)
+    while rank == 0 and store.add(f'{prefix} arrived', 0) < world - 1:
+        for key in (f'name of {r}' for r in range(1, world)):
+            if store.check([key]):
+                store.set(f'prefix for {store.get(key).decode()}', prefix)
+        time.sleep(0.01)
+    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
+
+
+def backbones(method):
+    """Its networks between embeddings and heads."""
+    return [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
+
+
+def compile_in_place(method, device):
+    """The names in the state dict stay as they are. On a CPU the heads keep out: their number of rows changes from step to step."""
+    for module in [method] if device.type == 'cuda' else backbones(method):
+        module.compile()
+
+
+# ----------------------------------------------------------------------------------------------------
+# mistakes, and runs that are already there
+
+def check(c, world):
+    """UserError for values of the right type that make no sense together."""
+    share = c.batch_size // world
+    rules = [
+        (c.init_from in ('auto', 'scratch', 'resume') or '/' in c.init_from, f'init_from is auto, scratch, resume, out/OTHER, OWNER/NAME of the hub or a folder, not {c.init_from!r}'),
+        (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}'),
+        (c.decay_lr in ('constant', 'cosine', 'linear'), f'decay_lr is constant, cosine or linear, not {c.decay_lr!r}'),
+        *((getattr(c, key, 1) >= 1, f'{key} must be at least 1, not {getattr(c, key, 1)}') for key in
+          ('batch_size', 'max_iters', 'log_interval', 'eval_interval', 'eval_seqs', 'hidden', 'num_layers', 'num_heads', 'cond_dim',
+           'encoder_layers', 'num_latents', 'latent_dim', 'codebook_size', 'adaptive_every')),
+        *((getattr(c, key, 1) > 0, f'{key} must be greater than 0, not {getattr(c, key, 1)}') for key in ('latent_length', 'dead_below', 'tangent')),
+        (getattr(c, 'adaptive_bins', 2) >= 2, 'adaptive_bins must be at least 2: the loss rises from one to the next'),
+        *((getattr(c, key, 0) >= 0, f'{key} must not be negative, as {getattr(c, key, 0)} is') for key in
+          ('block_size', 'micro_batch', 'learning_rate', 'warmup_iters', 'min_lr', 'adam_eps', 'weight_decay', 'grad_clip', 'checkpoint_interval',
+           'latent_layers', 'decoder_layers', 'stage1_iters', 'vq_start', 'encoder_warmup', 'lambda_x', 'lambda_z', 'sigma_dec', 'adaptive_floor')),
+        *((0 <= getattr(c, key, 0) < 1, f'{key} must be in [0, 1), not {getattr(c, key, 0)}') for key in ('beta1', 'beta2', 'ema', 'dropout')),
+        *((0 <= getattr(c, key, 0) <= 1, f'{key} must be in [0, 1], not {getattr(c, key, 0)}') for key in
+          ('p_drop', 'p_start', 'stage1_t_min', 'vq_decay', 'self_conditioning', 'mask_states', 'adaptive_memory')),
+        (c.batch_size % world == 0, f'batch_size={c.batch_size} does not divide among {world} processes; {max(share, 1) * world} would'),
+        (share % (c.micro_batch or 1) == 0, f'micro_batch={c.micro_batch} does not divide the {share} sequences of a process; '
+                                            f'{math.gcd(share, c.micro_batch)} would'),
+    ]
+    for good, message in rules:
+        if not good:
+            raise UserError(message)
+    if hasattr(c, 'num_heads') and c.hidden % (2 * c.num_heads):
+        raise UserError(f'hidden={c.hidden} does not divide into {c.num_heads} heads of an even width')
+
+
 def cut_log(path, step):
-    """Makes log.jsonl, or leaves in it neither records past `step` (they will come again) nor a torn last line."""
+    """Makes log.jsonl, or drops from it the records past `step`, which will be written again, and a torn last line."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         kept = []
@@ -214,7 +223,7 @@ def check_fits(checkpoint, config, method, out_dir):
     if not {'optimizer', 'tokens'} <= checkpoint.keys():
         raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
     old = checkpoint['config']
-    # what gives the weights another meaning without giving them another shape
+    # keys that change what the weights mean, but not their shapes
     meanings = ('method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'token_encoder', 'encoder_weights',
                 'layer', 'num_latents', 'unit_norm', 'latent_length', 'latent_schedule', 'tangent', 'stage', 'decode_from')
     changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]  # an older run may not say
@@ -242,6 +251,9 @@ def begin_with(method, config, out_dir):
     if int(os.environ.get('RANK', 0)) == 0:
         print(f'{len(fits)} of {len(own)} tensors begin as {out_dir} left them' + ''.join(f'; new: {k}' for k in list(own) if k not in fits)[:200])
 
+
+# ----------------------------------------------------------------------------------------------------
+# the run
 
 def main(argv):
     # ------------------------------------------------------------------------
@@ -337,7 +349,7 @@ def main(argv):
             os.remove(path)
         if c.wandb:
             wandb.init(project='nanoladd', name=os.path.basename(c.out_dir), dir=c.out_dir, config=config)
-        backbone = sum(p.numel() for m in transformers(method) for p in m.parameters())
+        backbone = sum(p.numel() for m in backbones(method) for p in m.parameters())
         print(f'{c.method} on {c.dataset}: {sum(p.numel() for p in params) / 1e6:.2f}M parameters, {backbone / 1e6:.2f}M in transformers; '
               f'{method.flops(L) / 1e9:.3g} GFLOPs per denoiser call; {c.batch_size * L:,} tokens per step; {world} x {device_name(device)}, {c.dtype}',
               flush=True)
@@ -362,6 +374,7 @@ def main(argv):
     # the loop
     share = c.batch_size // world
     micro = c.micro_batch or share
+    accumulate = share // micro
     rows = rank + world * torch.arange(share)  # interleaved: these rows of the global batch are ours
     device_rows = rows.to(device)
     bad_run, worst_run, skipped = torch.zeros(3, device=device)
@@ -371,8 +384,7 @@ def main(argv):
         return [part.pin_memory() for part in batch] if device.type == 'cuda' else batch
 
     def draw_rows(n):  # for a method that wants to see more of the data than the batch
-        batch = tuple(part.to(device) for part in parts(train_data.batch(c.seed, step, torch.arange(n))))
-        return batch if len(batch) > 1 else batch[0]
+        return [part.to(device) for part in parts(train_data.batch(c.seed, step, torch.arange(n)))]
 
     bar = tqdm(total=c.max_iters, initial=start, disable=rank != 0, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True, unit='step')
     feed = ThreadPoolExecutor(1)
@@ -394,17 +406,18 @@ def main(argv):
 
             # gradient
             loss, logs = 0.0, {}
-            for i in range(0, share, micro):
+            for i in range(accumulate):
+                every = slice(i, None, accumulate)  # evenly spaced rows have evenly spaced times
                 with autocast:
-                    part, part_logs = method(x[i:i + micro], noise[i:i + micro], *(z[i:i + micro] for z in z_0))
-                (part * (micro / share)).backward()
-                loss = loss + part.detach().float() * (micro / share)
-                logs = {k: logs.get(k, 0) + v * (micro / share) for k, v in part_logs.items()}
+                    part, part_logs = method(x[every], noise[every], *(z[every] for z in z_0))
+                (part / accumulate).backward()
+                loss = loss + part.detach().float() / accumulate
+                logs = {k: logs.get(k, 0) + v / accumulate for k, v in part_logs.items()}
             loss = average_gradients(params, loss, world)
             grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
 
-            # step; where loss or gradient is not finite everything stays as it was (but for the average, which goes on towards the same weights),
-            # decided on the device without asking it
+            # step; if loss or gradient is not finite the device skips it, without asking the host: weights and buffers stay, the average still
+            # moves towards them
             bad = ~torch.isfinite(loss + grad_norm)
             optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # fused AdamW skips the step itself, as it does for a GradScaler
             optimizer.step()

@@ -5,8 +5,8 @@ token decoder of 67M with its head; GPT-2 small as frozen token encoder.
     python data/lm1b/prepare.py --tokenizer=gpt2
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_ldlm.py
 
-Rate, betas, eps, weight decay and clipping are those of the authors' earlier code [family], and so is the average of the weights; the paper's text lost
-them, and which of its two warmups belongs to LM1B (10k is ours).
+The paper's text lost rate, betas, eps, weight decay, clipping and the average of the weights: they are those of the authors' earlier code
+[family]. It also lost which of its two warmups is LM1B's: 10k is our choice.
 """
 dataset = 'lm1b'
 method = 'ldlm'

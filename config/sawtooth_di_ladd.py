@@ -24,7 +24,7 @@ latent_dim = 32
 codebook_size = 63
 vq_decay = 0.99          # .95 is for batches in which every code is chosen
 dead_below = 0.05        # likewise: a code is chosen 32 / 63 = .5 times per batch on average
-latent_schedule = 'linear'
+latent_schedule = 'linear'  # the paper's; the official config has 'polynomial'
 times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 

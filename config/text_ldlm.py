@@ -4,8 +4,8 @@ LDLM on a text of your own: a denoiser of the size of text_mdlm.py, on top of a 
     python data/text/prepare.py --input FILE... --tokenizer=sentence-transformers/all-MiniLM-L6-v2 --name=text
     python train.py config/text_ldlm.py [--dataset=NAME]
 
-Without a network name the folder of a model, for both: --tokenizer=FOLDER and --token_encoder=FOLDER. The encoder must have read the
-data's tokenizer, and latent_dim is its width; with GPT-2:
+Without a network name the folder of a model, for both: --tokenizer=FOLDER and --token_encoder=FOLDER. Prepare the data with the encoder's
+tokenizer, and set latent_dim to the encoder's width; with GPT-2:
 
     python data/text/prepare.py --input FILE... --tokenizer=gpt2 --name=text
     python train.py config/text_ldlm.py --token_encoder=gpt2 --latent_dim=768

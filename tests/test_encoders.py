@@ -232,7 +232,7 @@ def test_the_encoder_is_nobodys_parameter(kind, latent):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(4):
         model.train()
-        model.begin_step(step, lambda n: some(20), whole(6, step=step))
+        model.begin_step(step, lambda n: (some(20),), whole(6, step=step))
         model(some(), whole(6, step=step))[0].backward()
         optimizer.step()
         assert not any(m.training for m in encoder.model.modules())

@@ -30,6 +30,10 @@ def texts(n, seed=0):
     return torch.randint(V, (n, L), generator=generator(seed))
 
 
+def draw_rows(n):
+    return (texts(n),)
+
+
 def spy(obj, name):
     """Replaces a method by itself, keeping the arguments and results of every call: a list of (args, result)."""
     calls, method = [], getattr(obj, name)
@@ -108,7 +112,7 @@ def test_latent_noise_has_its_law(schedule):
 
 # --- code channel -----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('schedule', ['linear', 'polynomial', 'geometric'])
+@pytest.mark.parametrize('schedule', ['linear', 'polynomial'])
 def test_code_step_has_its_law(schedule):
     """From [mask], revealed at rate (alpha_s - alpha_t) / (1 - alpha_t) with the denoiser's law; codes never change; the last step reveals all."""
     n, logits = 20000, torch.tensor([0.0, 1.0, 2.0])
@@ -192,9 +196,9 @@ def test_micro_batches_move_the_codebook_once():
     whole_q, q, noise = Quantizer(16, 4), Quantizer(16, 4), whole(6)
     q.load_state_dict(whole_q.state_dict())
     before, codes = q.codebook.clone(), whole_q(e, noise)[1]
-    for i in (0, 2, 4):
+    for i in (0, 1, 2):
         assert torch.equal(q.codebook, before)
-        assert torch.equal(q(e[i:i + 2], noise[i:i + 2])[1], codes[i:i + 2])
+        assert torch.equal(q(e[i::3], noise[i::3])[1], codes[i::3])
     assert torch.equal(q.codebook, whole_q.codebook) and not torch.equal(q.codebook, before) and q.waiting == []
 
 
@@ -305,7 +309,7 @@ def test_same_times_are_the_same(latent):
 
 def test_stage_one_has_times_of_its_own():
     model = make(stage1_iters=10, stage1_t_min=0.8, stage1_clean=True)
-    model.begin_step(0, texts, whole(16))
+    model.begin_step(0, draw_rows, whole(16))
     t_x, t_z = times_of(model, 50)
     assert t_x.min() > 0.8 and t_x.max() <= 1 and abs(t_x.mean() - 0.9) < 4.5 * (0.04 / 12 / 800) ** 0.5
     assert (t_z == 0).all()
@@ -327,7 +331,7 @@ def test_p_start_masks_everything_in_its_share():
 def test_stage_one_teaches_the_encoder_by_the_tokens_alone(latent):
     """No latent loss; gradients reach the encoder through the latent; the codebook moves."""
     model = make(latent, stage1_iters=10, num_layers=2)
-    model.begin_step(1, texts, whole(16))
+    model.begin_step(1, draw_rows, whole(16))
     codebook = model.quantizer.codebook.clone() if model.discrete else None
     loss, logs = model(texts(16), whole(16))
     assert 'latent_loss' not in logs
@@ -343,7 +347,7 @@ def test_stage_one_gradient_reaches_the_encoder_through_the_straight_through_est
     """Without the commitment loss too."""
     model = make('discrete', stage1_iters=10, stage1_clean=True)
     model.quantizer.commitment = 0.0
-    model.begin_step(1, texts, whole(16))
+    model.begin_step(1, draw_rows, whole(16))
     model(texts(16), whole(16))[0].backward()
     assert model.encoder.out.weight.grad.abs().sum() > 0
 
@@ -356,7 +360,7 @@ def test_stage_two_leaves_encoder_and_codebook_bit_identical(latent):
 
     def train(steps):
         for step in steps:
-            model.begin_step(step, texts, whole(16, step=step))
+            model.begin_step(step, draw_rows, whole(16, step=step))
             loss, logs = model(texts(16), whole(16, step=step))
             optimizer.zero_grad()
             loss.backward()
@@ -379,7 +383,7 @@ def test_begin_step_switches_by_itself():
     calls = spy(model.quantizer, 'kmeans')
     seen = []
     for step in range(6):
-        model.begin_step(step, texts, whole(16))
+        model.begin_step(step, draw_rows, whole(16))
         seen.append((model.stage, model.quantising, model.encoder.training, len(calls)))
     assert seen == [(1, False, True, 0), (1, False, True, 0), (1, True, True, 1), (1, True, True, 1), (2, True, False, 1), (2, True, False, 1)]
     vectors, per_batch, _ = calls[0][0]

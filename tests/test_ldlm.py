@@ -55,6 +55,10 @@ def texts(n, seed=0):
     return torch.randint(V, (n, L), generator=generator(seed))
 
 
+def draw_rows(n):
+    return (texts(n),)
+
+
 def build(**kwargs):
     defaults = dict(vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, latent_dim=D, latent_layers=1, decoder_layers=1,
                     adaptive_bins=8)
@@ -64,7 +68,7 @@ def build(**kwargs):
 def make(seed=0, gamma=1.0, **kwargs):
     """A small LDLM whose weights have left the initialisation, with the statistics of its encoder."""
     model = scrambled(build(**kwargs), seed)
-    model.begin_step(0, texts, whole(16))
+    model.begin_step(0, draw_rows, whole(16))
     model.gamma.fill_(gamma)
     return model
 
@@ -231,7 +235,7 @@ def test_gamma_is_a_stretched_sigmoid():
     assert all(a < b for a, b in zip(values, values[1:]))
     model = make(encoder_warmup=1000)
     for step in (0, 800, 1000):
-        model.begin_step(step, texts, whole(16))
+        model.begin_step(step, draw_rows, whole(16))
         assert float(model.gamma) == pytest.approx(warmup(step, 1000))
 
 
@@ -341,7 +345,7 @@ def test_begin_step_forgets_once_and_refreshes_in_its_time():
     refreshed = spy(model.times, 'refresh')
     for step in range(11):
         before = model.times.sums.clone()
-        model.begin_step(step, texts, whole(16))
+        model.begin_step(step, draw_rows, whole(16))
         torch.testing.assert_close(model.times.sums, 0.9 * before)
         noise = whole(16, step=step)
         for i in range(0, 16, 4):
@@ -350,7 +354,7 @@ def test_begin_step_forgets_once_and_refreshes_in_its_time():
     assert len(refreshed) == 2
     fixed = make(adaptive_t=False, adaptive_every=1)
     refreshed, calls = spy(fixed.times, 'refresh'), spy(fixed, 'denoise')
-    fixed.begin_step(3, texts, whole(16))
+    fixed.begin_step(3, draw_rows, whole(16))
     fixed(texts(16), whole(16))
     assert not refreshed and torch.equal(calls[0][0][1], whole(16).times('t'))
 
@@ -454,7 +458,7 @@ def test_the_extra_pass_does_not_cost_the_denoiser_its_gradient():
 def test_statistics_are_per_feature_and_in_the_checkpoint():
     model = build()
     asked = []
-    model.begin_step(0, lambda n: asked.append(n) or texts(n), whole(16))
+    model.begin_step(0, lambda n: asked.append(n) or (texts(n),), whole(16))
     assert asked == [100]  # 600 tokens
     h = model.states(texts(100)).flatten(0, 1)
     torch.testing.assert_close(h.mean(dim=0), torch.zeros(D), rtol=0, atol=1e-4)
@@ -488,7 +492,7 @@ def test_reconstruction_and_interpolation():
     """Of a model that has learned to read its latents: between two texts lie both, at the ends."""
     torch.manual_seed(0)
     model = build(latent_encoder='none', decoder_layers=0, sigma_dec=0.0, stage='autoencoder')
-    model.begin_step(0, texts, whole(16))
+    model.begin_step(0, draw_rows, whole(16))
     optimizer = torch.optim.Adam(model.head.parameters(), lr=0.03)
     for step in range(150):
         optimizer.zero_grad()
@@ -654,7 +658,7 @@ def millions(*modules):
 def test_sizes_of_the_paper():
     """Appendix C: about 50M each, 132M, 66M, and 38M for a linear head."""
     m = on_meta(read('lm1b_ldlm'), 50257)
-    assert set(train.transformers(m)) == {m.encoder[0], m.decoder[0], m.token_decoder[0], m.dit}
+    assert set(train.backbones(m)) == {m.encoder[0], m.decoder[0], m.token_decoder[0], m.dit}
     assert (millions(m.encoder), millions(m.decoder), millions(m.z_in, m.dit, m.z_out)) == (50.3, 50.3, 131.2)
     assert (millions(m.token_decoder, m.head), millions(m.head)) == (67.0, 38.6)
     assert millions(on_meta(read('owt_ldlm'), 50257).encoder) == 51.0
@@ -784,7 +788,7 @@ def test_true_size(name, monkeypatch, tmp_path):
     transformers = pytest.importorskip('transformers')
     gpt2 = transformers.GPT2Model(transformers.GPT2Config()).eval()
 
-    def encoder(x, blank=None, layer=-1):
+    def encoder(x, blank=None, layer=-1, summary=True):
         return gpt2(x, output_hidden_states=True).hidden_states[layer], None
     encoder.width, encoder.num_layers, encoder.model = 768, 12, gpt2
 

@@ -91,16 +91,27 @@ def test_times_take_one_from_every_stratum(total):
         assert sorted((t * total).long().tolist()) == list(range(total))
 
 
-def test_time_of_a_row_is_uniform():
-    t = torch.stack([batch(step=step, total=16).times('t_x') for step in range(2000)])  # (steps, rows)
+def test_times_in_order_are_evenly_spaced_in_every_share():
+    """Whichever share of the batch a process or a micro-batch holds, its times are the strata of a batch of that size."""
+    for parts in (1, 2, 8):
+        for step in range(20):
+            for part in range(parts):
+                t = Noise(0, step, torch.arange(16)[part::parts], 16).times('t_x', in_order=True)
+                assert sorted((t * (16 // parts)).long().tolist()) == list(range(16 // parts))
+
+
+@pytest.mark.parametrize('in_order', [False, True])
+def test_time_of_a_row_is_uniform(in_order):
+    t = torch.stack([batch(step=step, total=16).times('t_x', in_order) for step in range(2000)])  # (steps, rows)
     for row in (0, 7, 15):
         assert chi_square(torch.histc(t[:, row], 20, 0, 1), torch.ones(20)) < 4.5
 
 
-def test_times_of_two_channels_are_independent():
-    """Strata in batch order would make the difference of the two times one constant for the whole batch."""
+@pytest.mark.parametrize('in_order', [False, True])
+def test_times_of_two_channels_are_independent(in_order):
+    """Of which one may be in order: if both were, the difference of the two times would be one constant for the whole batch."""
     steps = [batch(step=step, total=16) for step in range(2000)]
-    x, z = (torch.stack([noise.times(name) for noise in steps]) for name in ('t_x', 't_z'))
+    x, z = (torch.stack([noise.times(name, name == 't_x' and in_order) for noise in steps]) for name in ('t_x', 't_z'))
     assert ((x - z) % 1).std(dim=1).min() > 0.05
     for row in (0, 7, 15):
         pairs = (x[:, row] * 8).long() * 8 + (z[:, row] * 8).long()

@@ -72,16 +72,16 @@ def test_it_learns_and_reports(capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(Toy, 'report', lambda self, method: seen.append((method.training, [p.clone() for p in method.parameters()])), raising=False)
     log4 = 1.386
-    go('a', '--max_iters=150', '--eval_interval=50', '--ema=0.9', '--learning_rate=1e-2', '--warmup_iters=10', '--decay_lr=cosine', '--min_lr=0.1')
+    go('a', '--max_iters=200', '--eval_interval=50', '--ema=0.9', '--learning_rate=1e-2', '--warmup_iters=10', '--decay_lr=cosine', '--min_lr=0.1')
     records = log('a')
     val = [r for r in records if 'val_loss' in r]
-    assert [r['step'] for r in val] == [50, 100, 150] and val[-1]['val_loss'] < 1.3 < log4
+    assert [r['step'] for r in val] == [50, 100, 150, 200] and val[-1]['val_loss'] < 1.3 < log4
     rates = [r['lr'] for r in records if 'lr' in r]
     assert rates[0] == pytest.approx(1e-3) and max(rates) == 1e-2 and rates[-1] == pytest.approx(1e-3, rel=0.01)
     out = capsys.readouterr().out
     assert out.startswith('mdlm on toy: 0.01M parameters') and 'GFLOPs per denoiser call; 128 tokens per step' in out
     ckpt = checkpoint.load('a/ckpt.pt')
-    assert ckpt['step'] == 150 and ckpt['tokens'] == 150 * 128 and ckpt['config']['vocab_size'] == 4 and ckpt['config']['block_size'] == 16
+    assert ckpt['step'] == 200 and ckpt['tokens'] == 200 * 128 and ckpt['config']['vocab_size'] == 4 and ckpt['config']['block_size'] == 16
     (training, params), = seen  # the data's report gets the averaged weights
     assert not training and all(torch.equal(p, e) for p, e in zip(params, ckpt['ema'].values()))
     assert sorted(os.listdir('a')) == ['ckpt.pt', 'log.jsonl']
@@ -432,7 +432,7 @@ for name, args in {ONE_AND_TWO!r}.items():
             assert len(a) == len(b) > 10
             scale = max(p.norm() for p in a[1:])
             assert scale > 1e-3
-            off = [i for i, (p, q) in enumerate(zip(a, b)) if (p - q).norm() > 1e-4 * p.norm() + 1e-6 * scale]
+            off = [i for i, (p, q) in enumerate(zip(a, b)) if (p - q).norm() > 3e-4 * p.norm() + 1e-6 * scale]
             assert not off, (name, step, off)
         a, b = weights(name + '1'), weights(name + '2')
         assert a.keys() == b.keys() and not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
