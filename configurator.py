@@ -18,7 +18,7 @@ class UserError(Exception):
 
 def nearest(name, known):
     """'did you mean X?' for a likely typing mistake, otherwise the whole list."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f'did you mean {close[0]}?' if close else f'known: {", ".join(sorted(known))}'
 
 
@@ -139,12 +139,16 @@ def configure(defaults, argv, method_fields=None):
 
     known = dict(defaults)
     if method_fields:
+        from checkpoint import METHODS  # not above: it imports this file
         named = [v for k, v in given if k == 'method'] + [v for k, _, v in flags if k == 'method']
-        known = {**method_fields(fit('method', named[-1] if named else defaults['method'], '')), **defaults}
+        method = fit('method', named[-1] if named else defaults['method'], '')
+        known = {**method_fields(method), **defaults}
     config = dict(known)
     for key in [k for k, _ in given] + [k for k, _, _ in flags]:
         if key not in known:
-            raise UserError(f'unknown key {key}: {nearest(key, known)}')
+            owners = [m for m in METHODS if key in method_fields(m)] if method_fields else []
+            hint = f'it is a key of {" and ".join(owners)}, and method={method}' if owners else nearest(key, known)
+            raise UserError(f'unknown key {key}: {hint}')
     for key, value in given:
         config[key] = fit(key, value, known[key])
     for key, equals, text in flags:
@@ -162,7 +166,10 @@ def run(main):
     script = sys.modules['__main__']
     try:
         if {'-h', '--help'} & set(sys.argv[1:]) and hasattr(script, 'defaults'):
-            print(script.__doc__.strip(), '\n\nkeys and defaults:', *(f'  --{k}={v}' for k, v in script.defaults.items()), sep='\n')
+            keys, fields = script.defaults, getattr(script, 'method_fields', None)
+            if fields:  # a config file changes them, and its method has more
+                keys = keys | configure(keys, [a for a in sys.argv[1:] if a[:1] != '-' or a.startswith('--method=')], fields)
+            print(script.__doc__.strip(), '\n\nkeys and defaults:', *(f'  --{k}={v}' for k, v in keys.items()), sep='\n')
             return
         main(sys.argv[1:])
         sys.stdout.flush()

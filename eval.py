@@ -49,11 +49,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import append, device_name, fingerprint, is_run, json_line, load_method, pick_device
-from configurator import UserError, configure, nearest, numbers, run
+from configurator import UserError, nearest, numbers, run
 from data.tokens import load_tokenizer, open_data
 from encoders import hub_model, open_encoder
 from noise import Noise
-from sample import generate, open_model, open_tokenizer, sampling_options, shared
+from sample import generate, open_model, open_tokenizer, read_arguments, sampling_options, shared
 
 TEXT_METRICS = {'val_ppl': ('nll', 'likelihood'), 'reconstruction': ('reconstruct', 'autoencoder'),  # metric: what it takes of a method
                 'smoothness': ('interpolate', 'latent space in which to interpolate')}
@@ -270,7 +270,7 @@ def print_table(results, out):
 def main(argv):
     # ------------------------------------------------------------------------
     # everything that can be wrong, before anything is computed or written
-    c = SimpleNamespace(**configure(defaults, argv))
+    c = read_arguments(defaults, argv)
     metrics, steps_list = c.metrics.split(','), numbers('steps', c.steps)
     for m in metrics:
         if m not in METRICS:

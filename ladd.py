@@ -365,7 +365,7 @@ class LADD(mdlm.MDLM):
 
     @torch.no_grad()
     def begin_step(self, step, draw_rows, noise):
-        """Sets the stage from the step, and starts the codebook when its time has come.
+        """Sets the stage from the step, and starts the codebook when its time has come. -> what begins here, for who prints it, or None.
 
         draw_rows(n) -> n training texts (n, L), and their stored latents if there are any.
         """
@@ -378,6 +378,9 @@ class LADD(mdlm.MDLM):
             e = torch.cat([self.encode(x, None, *z_0) for x, *z_0 in zip(*(part.split(256) for part in draw_rows(n)))])
             self.encoder.train()
             self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
+            return 'k-means has made the codebook, latents are quantised from here on'
+        if 0 < step == c.stage1_iters:
+            return f'stage 2 begins: encoder{" and codebook" * self.discrete} frozen, the latent loss joins'
 
     def forward(self, x, noise, z_0=None):
         """Training loss of x (b, L) int64, LADD eq. (14), and logs. z_0: stored latents (b, M, D), instead of encoding x."""

@@ -425,6 +425,8 @@ class LDLM(nn.Module):
         euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family], ddim ends at z_0 hat by itself.
         """
         c = self.config
+        if c.stage == 'autoencoder':
+            raise UserError('stage=autoencoder trains no denoiser to sample with; train one: --stage=diffusion --init_from=out/THAT')
         z = torch.randn(n, c.block_size, c.latent_dim, device=self.head.weight.device, generator=generator)
 
         def denoise(z_t, t, z_self):

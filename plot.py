@@ -59,12 +59,10 @@ def log(folders, path, out):
         if not train + val:
             raise UserError(f'{folder} holds no log.jsonl with losses; train.py writes it')
         if train:
-            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, linewidth=0.7)
+            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, linewidth=0.7, label=f'{folder}, training objective')
         if val:
             ax.plot(*zip(*val), color=f'C{i}', marker='.', label=f'{folder}, validation')
             print(f'{folder}: validation {val[-1][1]:.4f} nats per token at step {val[-1][0]:,}, best {min(v for _, v in val):.4f}', file=out)
-        else:
-            ax.plot([], [], color=f'C{i}', alpha=0.3, label=folder)
     ax.set(xlabel='step', ylabel='loss (nats per token)')
     ax.legend()
     save(figure, path)

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from checkpoint import load_method, pick_device
+from checkpoint import is_run, load_method, pick_device
 from configurator import UserError, configure, run
 from data.tokens import DATA, Char, load_tokenizer, read_meta
 
@@ -48,6 +48,16 @@ defaults = dict(
     show=False,                # draw the denoising of the first sample of each batch
     save='',                   # FILE.npy | FILE.jsonl
     **shared)
+
+
+def read_arguments(defaults, argv):
+    """configure -> namespace; UserError if a run is named by its config file, its checkpoint, as --init_from or without a key."""
+    for arg in argv:
+        key, _, name = arg.rpartition('=')
+        folder = re.sub(r'^config/(.*)\.py$', r'out/\1', name).removesuffix('/ckpt.pt')
+        if key == '--out_dir' and folder != name or key in ('', '--init_from') and is_run(folder):
+            raise UserError(f'{arg}: a run is named by its folder, --out_dir={folder}')
+    return SimpleNamespace(**configure(defaults, argv))
 
 
 def open_model(c, device):
@@ -204,7 +214,7 @@ def whole_file(path):
 
 
 def main(argv):
-    c = SimpleNamespace(**configure(defaults, argv))
+    c = read_arguments(defaults, argv)
     if c.steps < 1:
         raise UserError(f'steps must be at least 1, not {c.steps}')
     if c.save and not c.save.endswith(('.npy', '.jsonl')):
@@ -234,6 +244,8 @@ def main(argv):
             f.writelines((json.dumps({'ids': ids, 'text': text}, ensure_ascii=False) + '\n').encode() for ids, text in zip(x.tolist(), texts))
     for i, text in enumerate(texts):
         print(f'--- sample {i + 1}\n{text}')
+    if c.save:
+        print(f'--- wrote {len(texts):,} texts to {c.save}')
 
 
 if __name__ == '__main__':

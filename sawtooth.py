@@ -52,7 +52,8 @@ class Sawtooth:
         if not isinstance(method, MDLM):
             return
         n, steps = 4096, (1, 2, 4)
-        records = [dict(r, name=label(method.config)) for r in token_losses(method, 4096)]
+        print(f'training is done; now token losses and samples of {n:,} texts each, trained and exact, which may take a minute', flush=True)
+        records = [dict(r, name=label(method.config)) for r in token_losses(method, n)]
         for strategy in method.strategies:
             records += [dict(name=label(method.config), strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))) for T in steps]
         print_tables(records + exact_records(n, steps))

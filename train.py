@@ -3,7 +3,7 @@ Trains any method of this folder on any data set, on one core or many GPUs.
 
     python train.py config/NAME.py [--key=value ...]                                          -> out/NAME/ckpt.pt, out/NAME/log.jsonl
     torchrun --standalone --nproc_per_node=8 train.py config/NAME.py [--key=value ...]        the same run, on 8 GPUs
-    python train.py --help                                  every key of this script; a method's own are in the Config of its file
+    python train.py config/NAME.py --help                   every key, the method's too; what those mean is in the Config of its file
 
 The same command again continues the run, to the same numbers as if it had never stopped and on any number of processes: data, times and
 masks are functions of (seed, step, global row), see noise.py. Stop it with Ctrl-C or SIGTERM and it saves first.
@@ -223,9 +223,9 @@ def check_fits(checkpoint, config, method, out_dir):
     if not {'optimizer', 'tokens'} <= checkpoint.keys():
         raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
     old = checkpoint['config']
-    # keys that change what the weights mean, but not their shapes
+    # keys that change what the weights mean, but not their shapes; and the seed: data, times and masks are functions of it
     meanings = ('method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'token_encoder', 'encoder_weights',
-                'layer', 'num_latents', 'unit_norm', 'latent_length', 'latent_schedule', 'tangent', 'stage', 'decode_from')
+                'layer', 'num_latents', 'unit_norm', 'latent_length', 'latent_schedule', 'tangent', 'stage', 'decode_from', 'seed')
     changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]  # an older run may not say
     shapes = {k: v.shape for k, v in method.state_dict().items()}
     if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
@@ -401,7 +401,9 @@ def main(argv):
                 group['lr'] = lr
             if hasattr(method, 'begin_step'):
                 with autocast:
-                    method.begin_step(step, draw_rows, noise)
+                    begins = method.begin_step(step, draw_rows, noise)
+                if begins and rank == 0:
+                    bar.write(f'step {step:,}: {begins}')
             before = [b.clone() for b in buffers]
 
             # gradient

@@ -127,9 +127,9 @@ def cache_only_if_offline():
 def read_meta(folder):
     """meta.json as a dict, with the entries that the rest relies on; raises UserError if there is none or it is not one of ours."""
     name = os.path.relpath(folder, DATA)
-    # the script of zeroshot/ptb is zeroshot's
-    scripts = [n for n in (name, os.path.dirname(name)) if n and os.path.exists(os.path.join(DATA, n, 'prepare.py'))]
-    command = f'python data/{scripts[0]}/prepare.py' if scripts else f'python data/text/prepare.py --input FILE --name={name}'
+    # the script of zeroshot/ptb is zeroshot's; that of text is for texts of one's own
+    scripts = [n for n in (name, os.path.dirname(name)) if n not in ('', 'text') and os.path.exists(os.path.join(DATA, n, 'prepare.py'))]
+    command = 'python data/' + (f'{scripts[0]}/prepare.py' if scripts else f'text/prepare.py --input FILE --tokenizer=gpt2|char|HUB_ID --name={name}')
     count = lambda x, least=1: type(x) is int and x >= least
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:

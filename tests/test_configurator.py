@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+import checkpoint
 import configurator
 from configurator import UserError, configure
 
@@ -12,6 +14,11 @@ FIELDS = {'a': {'hidden': 8}, 'b': {'latents': 4, 'steps': 7}}
 
 def fields(name):
     return FIELDS[name]
+
+
+@pytest.fixture(autouse=True)
+def two_methods(monkeypatch):
+    monkeypatch.setattr(checkpoint, 'METHODS', FIELDS)
 
 
 def write(tmp_path, text, name='run.py'):
@@ -46,8 +53,8 @@ def test_method_brings_its_keys(tmp_path):
     assert configure(DEFAULTS, ['--method=b', '--latents=2'], fields)['latents'] == 2
     assert configure(DEFAULTS, ['--latents=2', write(tmp_path, 'method = "b"')], fields)['latents'] == 2
     assert configure(DEFAULTS, ['--method=b'], fields)['steps'] == 100  # a key of the script and of the method: the script's
-    fails(['--latents=2'], 'unknown key latents')
-    fails(['--method=b', '--hidden=2'], 'unknown key hidden')
+    fails(['--latents=2'], 'unknown key latents: it is a key of b, and method=a')
+    fails(['--method=b', '--hidden=2'], 'unknown key hidden: it is a key of a, and method=b')
 
 
 @pytest.mark.parametrize('text, value', [('1e4', 10000), ('2**10', 1024), ('-3', -3), ('7//2', 3), ('60*60/2', 1800)])
@@ -73,6 +80,7 @@ def test_wrong_values(arg):
 def test_unknown_keys_name_the_nearest(tmp_path):
     fails(['--step=3'], 'unknown key step', 'steps')
     fails(['--zzzz=3'], 'unknown key zzzz', 'rate')
+    fails(['--unit_norm=3'], 'unknown key unit_norm: known:', defaults={**DEFAULTS, 'init_from': ''})  # half of the letters: not a likely mistake
     fails([write(tmp_path, 'nmae = "y"')], 'unknown key nmae', 'did you mean name')
 
 
@@ -98,6 +106,17 @@ def test_missing_config_says_which_exist(tmp_path, monkeypatch):
     fails(['a\0b'])
     (tmp_path / 'bin.py').write_bytes(b'\xff\xfe\x00')
     fails(['bin.py'])
+
+
+def test_help_lists_the_keys_of_the_method(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, 'method = "b"\nrate = 1.0')
+    for method_fields, argv, known in [(None, ['--help', 'out/A'], DEFAULTS), (fields, ['-h', '--hiden=8'], {**DEFAULTS, 'hidden': 8}),
+                                       (fields, ['--method=b', '--help'], {**DEFAULTS, 'method': 'b', 'latents': 4}),
+                                       (fields, [path, '--help'], {**DEFAULTS, 'method': 'b', 'rate': 1.0, 'out_dir': 'out/run', 'latents': 4})]:
+        monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(__doc__='Trains.', defaults=DEFAULTS, method_fields=method_fields))
+        monkeypatch.setattr(sys, 'argv', ['x.py', *argv])
+        configurator.run(None)
+        assert capsys.readouterr().out == 'Trains.\n\n\nkeys and defaults:\n' + ''.join(f'  --{k}={v}\n' for k, v in known.items())
 
 
 def test_how_a_script_ends(tmp_path):

@@ -278,6 +278,17 @@ def test_interrupted_write(tmp_path, monkeypatch):
         assert snapshot(folder) == whole
 
 
+def test_missing_data_names_the_command(tmp_path):
+    for name in ('text', 'lm1b', 'zeroshot'):
+        os.makedirs(tmp_path / 'data' / name)
+        save(tmp_path / 'data' / name / 'prepare.py', '')
+    own = 'text/prepare.py --input FILE --tokenizer=gpt2|char|HUB_ID --name='
+    for name, command in [('lm1b', 'lm1b/prepare.py'), ('zeroshot/ptb', 'zeroshot/prepare.py'), ('mine', own + 'mine'), ('text', own + 'text')]:
+        with pytest.raises(UserError) as e:
+            tokens_file.open_data(name, 'train', 16)
+        assert str(e.value).endswith(f'data/{name}: run python data/{command}')
+
+
 def test_sigterm_and_sigkill(tmp_path, monkeypatch):
     """From outside: the script is stopped in the middle; the next run gives what an undisturbed one does, and no worker outlives it."""
     for part in ('configurator.py', 'noise.py', 'data/common.py', 'data/tokens.py', 'data/text/prepare.py'):

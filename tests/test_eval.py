@@ -350,6 +350,7 @@ def test_swd_is_sawtooths(capsys):
 
 @pytest.mark.parametrize('argv, match', [
     (['--out_dir=out/nothing'], 'holds no checkpoint'),
+    (['config/m.py'], '--out_dir=out/m\n'),
     (['--metrics=gen_pl'], 'did you mean gen_ppl'),
     (['--steps=1,x', '--metrics=entropy'], '--steps wants numbers'),
     (['--steps=0', '--metrics=entropy'], '--steps wants numbers'),
@@ -506,12 +507,15 @@ def test_mistakes_at_the_frontier(argv, match, monkeypatch, capsys):
     assert match in fails(frontier, monkeypatch, capsys, *argv, '--device=cpu', *([] if '--teacher=out/m' in argv else ['--teacher=out/a']))
 
 
-def test_loss_curves(capsys):
+def test_loss_curves(monkeypatch, capsys):
     os.makedirs('a')
+    save, labels = plot.save, []
+    monkeypatch.setattr(plot, 'save', lambda figure, path: (labels.extend(figure.axes[0].get_legend_handles_labels()[1]), save(figure, path)))
     with open('a/log.jsonl', 'w') as f:
         f.write('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n{"step": 2, "val_loss": 2.5, "val_ppl": 12.2}\n{"step": 3, "lo')
     plot.main(['log', 'a'])
     assert '2.5000 nats per token at step 2' in capsys.readouterr().out and os.path.getsize('a/log.png') > 1000
+    assert labels == ['a, training objective', 'a, validation']
 
 
 @pytest.mark.parametrize('argv, match', [([], 'plot.py log'), (['frontier'], 'plot.py log'), (['front', 'a'], 'plot.py log'), (['log', 'a'], 'no log.jsonl'),

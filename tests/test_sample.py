@@ -120,6 +120,7 @@ def test_save_round_trip(capsys):
     assert x.shape == (5, L) and x.dtype.kind == 'i' and x.tolist() == [line['ids'] for line in lines]
     assert all(Char(CHARS, True).decode(line['ids']) == line['text'] and line['text'] in printed for line in lines)
     assert sorted(os.listdir('.')) == ['out', 'x.jsonl', 'x.npy'] and printed.count('--- sample ') == 5
+    assert printed.endswith('\n--- wrote 5 texts to x.jsonl\n')
 
 
 def test_sawtooth_prints_a_picture(capsys):
@@ -147,6 +148,8 @@ def test_published_weights(monkeypatch, capsys):
     (['--out_dir=out/nothing'], 'holds no checkpoint'),
     ([], 'name one model'),
     (['--out_dir=out/m', '--init_from=a/b'], 'name one model'),
+    *(([arg], 'a run is named by its folder, --out_dir=out/m\n') for arg in
+      ('out/m', 'config/m.py', 'out/m/ckpt.pt', '--out_dir=config/m.py', '--out_dir=out/m/ckpt.pt', '--init_from=out/m')),
     (['--out_dir=out/m', '--step=3'], 'did you mean steps'),
     (['--out_dir=out/m', '--steps=0'], 'steps must be at least 1'),
     (['--out_dir=out/m', '--steps=many'], 'steps wants an integer'),
@@ -167,12 +170,14 @@ def test_published_weights(monkeypatch, capsys):
     (['--out_dir=out/a', '--sampler=remdm'], 'AR has no sampler'),
     (['--out_dir=out/l', '--start=abc'], 'LDLM takes no prompt'),
     (['--out_dir=out/l', '--top_p=.9'], 'not with LDLM'),
+    (['--out_dir=out/e'], 'train one: --stage=diffusion'),
     (['--out_dir=out/m', '--save=x.txt'], 'ends with .npy'),
     (['--out_dir=out/m', '--save=nowhere/x.npy'], 'cannot write nowhere/x.npy'),
 ])
 def test_mistakes(argv, match, monkeypatch, capsys):
     for name in ('mdlm', 'ar', 'di', 'ldlm'):
         make(name, 'out/' + name[0])
+    make('ldlm', 'out/e', stage='autoencoder')
     assert match in fails(sample, monkeypatch, capsys, *argv, *([] if '--device=abacus' in argv else ['--device=cpu']))
 
 
