@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import ar
 import mdlm
-from checkpoint import build, device_name, method_fields, pick_device
+from checkpoint import build, device_name, pick_device
 from configurator import UserError, configure, run
 from data.tokens import open_data
 from noise import Noise
@@ -169,7 +169,7 @@ def in_its_own_process(argv, variant):
 
 
 def main(argv):
-    config = configure(defaults, argv, method_fields)
+    config = configure(defaults, argv)
     c = SimpleNamespace(**config)
     check(c, 1)
     if c.method == 'ldlm':

@@ -12,7 +12,6 @@ A checkpoint is a dict of numbers, strings and tensors:
 import contextlib
 import dataclasses
 import errno
-import importlib
 import json
 import math
 import os
@@ -20,38 +19,13 @@ import zlib
 
 import torch
 
-from configurator import UserError, nearest
+from configurator import UserError, method_class, method_fields
 
-METHODS = {'mdlm': 'MDLM', 'ladd': 'LADD', 'ar': 'AR', 'ldlm': 'LDLM'}  # the file is the name in small letters
 FORMAT = 1
 
 
-def is_run(name):
-    """Whether a name means a run of ours; any other is of the Hugging Face hub, or a folder of its format."""
-    return name.startswith('out/') or os.path.exists(os.path.join(name, 'ckpt.pt'))
-
-
-def method_class(name):
-    if name not in METHODS:
-        raise UserError(f'there is no method {name}: {nearest(name, METHODS)}')
-    module = importlib.import_module(name)
-    return getattr(module, METHODS[name]), module.Config
-
-
-def method_fields(name):
-    """A method's own keys with their defaults; its vocabulary is the data's and no key."""
-    fields = dataclasses.fields(method_class(name)[1])
-    return {f.name: f.default for f in fields if f.name != 'vocab_size'}
-
-
-def build(config):
-    """The untrained method that a flat config describes (it may hold other keys too). UserError where the method says ValueError."""
-    method, Config = method_class(config['method'])
-    try:
-        return method(Config(**{f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}))
-    except ValueError as e:
-        raise UserError(f'{config["method"]}: {e}') from e
-
+# ----------------------------------------------------------------------------------------------------------------------------------
+# files: written whole or not at all
 
 def save(path, checkpoint):
     """All or nothing: at every moment `path` is the old checkpoint or the new one, whole. UserError if it cannot be written."""
@@ -89,6 +63,34 @@ def append(path, *records):
         raise UserError(f'cannot write {path} ({e.strerror})') from e
 
 
+def cut_log(path, step):
+    """Makes log.jsonl, or drops from it the records past `step`, which will be written again, and a torn last line."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        kept = []
+        if os.path.exists(path):
+            with open(path, 'rb') as f:
+                for line in f:
+                    try:
+                        if json.loads(line)['step'] <= step and line.endswith(b'\n'):
+                            kept.append(line)
+                    except (ValueError, TypeError, KeyError, RecursionError):
+                        continue  # torn by a crash
+        with open(path + '.tmp', 'wb') as f:
+            f.writelines(kept)
+        os.replace(path + '.tmp', path)
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror}); give another --out_dir') from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# runs
+
+def is_run(name):
+    """Whether a name means a run of ours; any other is of the Hugging Face hub, or a folder of its format."""
+    return name.startswith('out/') or os.path.exists(os.path.join(name, 'ckpt.pt'))
+
+
 def load(path):
     """The dict in a checkpoint file, on the CPU. UserError if the file is missing, truncated or of another kind."""
     if not os.path.isfile(path):
@@ -108,6 +110,15 @@ def load(path):
     return checkpoint
 
 
+def build(config):
+    """The untrained method that a flat config describes (it may hold other keys too). UserError where the method says ValueError."""
+    method, Config = method_class(config['method'])
+    try:
+        return method(Config(**{f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}))
+    except ValueError as e:
+        raise UserError(f'{config["method"]}: {e}') from e
+
+
 def load_method(out_dir, device):
     """out_dir -> (method in eval mode on device, with the averaged weights; its checkpoint)."""
     path = os.path.join(out_dir, 'ckpt.pt')
@@ -119,6 +130,43 @@ def load_method(out_dir, device):
         raise UserError(f'{path} does not fit the method {checkpoint["config"]["method"]} of today; train it anew with --init_from=scratch') from e
     return method.to(device).eval(), checkpoint
 
+
+def check_fits(checkpoint, config, method, out_dir):
+    """UserError if out_dir holds a run of another shape. Changed rates, intervals and lengths of training are fine."""
+    if not {'optimizer', 'tokens'} <= checkpoint.keys():
+        raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
+    old = checkpoint['config']
+    # keys that change what the weights mean, but not their shapes; and the seed: data, times and masks are functions of it
+    meanings = ('method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'token_encoder', 'encoder_weights',
+                'layer', 'num_latents', 'unit_norm', 'latent_length', 'latent_schedule', 'tangent', 'stage', 'decode_from', 'seed')
+    changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]  # an older run may not say
+    shapes = {k: v.shape for k, v in method.state_dict().items()}
+    if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
+        changed = [k for k in method_fields(config['method']) if old.get(k) != config.get(k)] or ['the code']
+    if changed:
+        was, now = (', '.join(f'{k}={str(d.get(k, "another one"))[:99]}' for k in changed) for d in (old, config))
+        raise UserError(f'{out_dir} holds a run with {was}, not {now}; go on with that, or start over with --init_from=scratch, or give another --out_dir')
+
+
+def begin_with(method, config, out_dir):
+    """Copies what fits from the run in out_dir: its averaged weights and its buffers. UserError if the texts differ or nothing fits."""
+    checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
+    old = checkpoint['config']
+    if any(old.get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
+        raise UserError(f'{out_dir} was trained with another tokenizer than that of {config["dataset"]}')
+    theirs, own = {**checkpoint['model'], **checkpoint['ema']}, method.state_dict()
+    fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
+    if any(old.get(k, config.get(k)) != config.get(k) for k in ('token_encoder', 'encoder_weights', 'layer')):
+        fits = {k: v for k, v in fits.items() if k not in ('state_mean', 'state_std')}  # LDLM's: of other states, so they are gathered anew
+    if not fits:
+        raise UserError(f'{out_dir} has no weight in common with this method')
+    method.load_state_dict(fits, strict=False)
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'{len(fits)} of {len(own)} tensors begin as {out_dir} left them' + ''.join(f'; new: {k}' for k in list(own) if k not in fits)[:200])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# names: of weights, of devices
 
 def fingerprint(module):
     """Of all weights, 8 hex digits: what was made with them names them, and a run that was trained on in the same folder has others."""

@@ -5,11 +5,15 @@ The poor man's configurator of nanoGPT with two differences: a config file is re
 and comments are all it may hold), and a mistake ends with one line that says what would have been right.
 """
 import ast
+import dataclasses
 import difflib
 import glob
+import importlib
 import operator
 import os
 import sys
+
+METHODS = {'mdlm': 'MDLM', 'ladd': 'LADD', 'ar': 'AR', 'ldlm': 'LDLM'}  # the file is the name in small letters
 
 
 class UserError(Exception):
@@ -20,6 +24,20 @@ def nearest(name, known):
     """'did you mean X?' for a likely typing mistake, otherwise the whole list."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f'did you mean {close[0]}?' if close else f'known: {", ".join(sorted(known))}'
+
+
+def method_class(name):
+    """-> the method's class, its Config."""
+    if name not in METHODS:
+        raise UserError(f'there is no method {name}: {nearest(name, METHODS)}')
+    module = importlib.import_module(name)
+    return getattr(module, METHODS[name]), module.Config
+
+
+def method_fields(name):
+    """A method's own keys with their defaults; its vocabulary is the data's and no key."""
+    fields = dataclasses.fields(method_class(name)[1])
+    return {f.name: f.default for f in fields if f.name != 'vocab_size'}
 
 
 # ----------------------------------------------------------------------------
@@ -115,11 +133,11 @@ def numbers(key, text):
     return steps
 
 
-def configure(defaults, argv, method_fields=None):
+def configure(defaults, argv):
     """Defaults, config file and command line -> one flat dict.
 
     defaults: key -> bool, int, float or str; their types are the rule.  argv: at most one config file, --key=value, --key for a bool.
-    method_fields: name of a method -> its own keys and defaults; the value of the key `method` picks the name.
+    Where there is a key `method`, the keys of the method that it names are known, too.
     A config file NAME.py means out_dir = out/NAME unless something says otherwise.
     """
     try:
@@ -138,15 +156,14 @@ def configure(defaults, argv, method_fields=None):
             raise UserError(f'{a}: overrides are written --key=value')
 
     known = dict(defaults)
-    if method_fields:
-        from checkpoint import METHODS  # not above: it imports this file
+    if 'method' in defaults:
         named = [v for k, v in given if k == 'method'] + [v for k, _, v in flags if k == 'method']
         method = fit('method', named[-1] if named else defaults['method'], '')
         known = {**method_fields(method), **defaults}
     config = dict(known)
     for key in [k for k, _ in given] + [k for k, _, _ in flags]:
         if key not in known:
-            owners = [m for m in METHODS if key in method_fields(m)] if method_fields else []
+            owners = [m for m in METHODS if key in method_fields(m)] if 'method' in defaults else []
             hint = f'it is a key of {" and ".join(owners)}, and method={method}' if owners else nearest(key, known)
             raise UserError(f'unknown key {key}: {hint}')
     for key, value in given:
@@ -166,9 +183,9 @@ def run(main):
     script = sys.modules['__main__']
     try:
         if {'-h', '--help'} & set(sys.argv[1:]) and hasattr(script, 'defaults'):
-            keys, fields = script.defaults, getattr(script, 'method_fields', None)
-            if fields:  # a config file changes them, and its method has more
-                keys = keys | configure(keys, [a for a in sys.argv[1:] if a[:1] != '-' or a.startswith('--method=')], fields)
+            keys = script.defaults
+            if 'method' in keys:  # a config file changes them, and its method has more
+                keys = keys | configure(keys, [a for a in sys.argv[1:] if a[:1] != '-' or a.startswith('--method=')])
             print(script.__doc__.strip(), '\n\nkeys and defaults:', *(f'  --{k}={v}' for k, v in keys.items()), sep='\n')
             return
         main(sys.argv[1:])

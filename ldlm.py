@@ -105,7 +105,6 @@ class AdaptiveTimes(nn.Module):
         i = torch.searchsorted(cdf, u).clamp(max=self.bins - 1)  # the sum may round to less than 1
         return ((i + 1 + (u - cdf[i]) / self.p[i]) / self.bins).clamp(0, 1)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def track(self, t, losses):
         """Adds the losses (b,) at times t of a micro-batch, of all processes: so their sums stay equal, and `forget` comes once per step."""
@@ -121,13 +120,12 @@ class AdaptiveTimes(nn.Module):
     def refresh(self):
         """New probabilities, once every bin has been seen."""
         loss, count = self.sums
-        if (count > 0).all():
-            mean = loss / count
-            ends = 1.5 * mean[[0, -1]] - 0.5 * mean[[1, -2]]  # continued to t = 0 and t = 1 as straight lines
-            rise = torch.cat((ends[:1], (mean[:-1] + mean[1:]) / 2, ends[1:])).diff()
-            # a bin without rise is still visited, or its loss would never be seen to rise again [choice; second-hand: 1e-6, which starves bins]
-            rise = rise.clamp(min=self.floor * rise.clamp(min=0).mean() + 1e-12)
-            self.p.copy_(rise / rise.sum())
+        mean = loss / count
+        ends = 1.5 * mean[[0, -1]] - 0.5 * mean[[1, -2]]  # continued to t = 0 and t = 1 as straight lines
+        rise = torch.cat((ends[:1], (mean[:-1] + mean[1:]) / 2, ends[1:])).diff()
+        # a bin without rise is still visited, or its loss would never be seen to rise again [choice; second-hand: 1e-6, which starves bins]
+        rise = rise.clamp(min=self.floor * rise.clamp(min=0).mean() + 1e-12)
+        self.p.copy_(torch.where((count > 0).all(), rise / rise.sum(), self.p))  # the host need not know
 
     def by_quarter(self):
         """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""

@@ -8,7 +8,6 @@ Trains any method of this folder on any data set, on one core or many GPUs.
 The same command again continues the run, to the same numbers as if it had never stopped and on any number of processes: data, times and
 masks are functions of (seed, step, global row), see noise.py. Stop it with Ctrl-C or SIGTERM and it saves first.
 """
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import FORMAT, append, build, device_name, is_run, load, method_fields, pick_device, save
+from checkpoint import FORMAT, append, begin_with, build, check_fits, cut_log, device_name, is_run, load, pick_device, save
 from configurator import UserError, configure, run
 from data.tokens import WithLatents, open_data
 from noise import Noise
@@ -167,7 +166,7 @@ def compile_in_place(method, device):
 
 
 # ----------------------------------------------------------------------------------------------------
-# mistakes, and runs that are already there
+# mistakes
 
 def check(c, world):
     """UserError for values of the right type that make no sense together."""
@@ -198,67 +197,13 @@ def check(c, world):
         raise UserError(f'hidden={c.hidden} does not divide into {c.num_heads} heads of an even width')
 
 
-def cut_log(path, step):
-    """Makes log.jsonl, or drops from it the records past `step`, which will be written again, and a torn last line."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        kept = []
-        if os.path.exists(path):
-            with open(path, 'rb') as f:
-                for line in f:
-                    try:
-                        if json.loads(line)['step'] <= step and line.endswith(b'\n'):
-                            kept.append(line)
-                    except (ValueError, TypeError, KeyError, RecursionError):
-                        continue  # torn by a crash
-        with open(path + '.tmp', 'wb') as f:
-            f.writelines(kept)
-        os.replace(path + '.tmp', path)
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}); give another --out_dir') from e
-
-
-def check_fits(checkpoint, config, method, out_dir):
-    """UserError if out_dir holds a run of another shape. Changed rates, intervals and lengths of training are fine."""
-    if not {'optimizer', 'tokens'} <= checkpoint.keys():
-        raise UserError(f'{out_dir} holds weights only, nothing to go on with; start from them with --init_from={out_dir} and another --out_dir')
-    old = checkpoint['config']
-    # keys that change what the weights mean, but not their shapes; and the seed: data, times and masks are functions of it
-    meanings = ('method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'num_heads', 'encoder', 'token_encoder', 'encoder_weights',
-                'layer', 'num_latents', 'unit_norm', 'latent_length', 'latent_schedule', 'tangent', 'stage', 'decode_from', 'seed')
-    changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]  # an older run may not say
-    shapes = {k: v.shape for k, v in method.state_dict().items()}
-    if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
-        changed = [k for k in method_fields(config['method']) if old.get(k) != config.get(k)] or ['the code']
-    if changed:
-        was, now = (', '.join(f'{k}={str(d.get(k, "another one"))[:99]}' for k in changed) for d in (old, config))
-        raise UserError(f'{out_dir} holds a run with {was}, not {now}; go on with that, or start over with --init_from=scratch, or give another --out_dir')
-
-
-def begin_with(method, config, out_dir):
-    """Copies what fits from the run in out_dir: its averaged weights and its buffers. UserError if the texts differ or nothing fits."""
-    checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
-    old = checkpoint['config']
-    if any(old.get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
-        raise UserError(f'{out_dir} was trained with another tokenizer than that of {config["dataset"]}')
-    theirs, own = {**checkpoint['model'], **checkpoint['ema']}, method.state_dict()
-    fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
-    if any(old.get(k, config.get(k)) != config.get(k) for k in ('token_encoder', 'encoder_weights', 'layer')):
-        fits = {k: v for k, v in fits.items() if k not in ('state_mean', 'state_std')}  # LDLM's: of other states, so they are gathered anew
-    if not fits:
-        raise UserError(f'{out_dir} has no weight in common with this method')
-    method.load_state_dict(fits, strict=False)
-    if int(os.environ.get('RANK', 0)) == 0:
-        print(f'{len(fits)} of {len(own)} tensors begin as {out_dir} left them' + ''.join(f'; new: {k}' for k in list(own) if k not in fits)[:200])
-
-
 # ----------------------------------------------------------------------------------------------------
 # the run
 
 def main(argv):
     # ------------------------------------------------------------------------
     # everything that can be wrong, before anything is written
-    config = configure(defaults, argv, method_fields)
+    config = configure(defaults, argv)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     c = SimpleNamespace(**config)
     if c.init_from == 'scratch' and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):

@@ -18,14 +18,14 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, method_fields, pick_device
+from checkpoint import build, pick_device
 from configurator import UserError, configure, run
 from data.common import all_or_none
 from data.tokens import Tokens, latents_of
 from train import check, defaults
 
 def main(argv):
-    config = configure(defaults, argv, method_fields)
+    config = configure(defaults, argv)
     c = SimpleNamespace(**config)
     check(c, 1)
     if c.method != 'ladd' or not c.encoder:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import data.common as common
 import sample
 import test_train
@@ -169,7 +170,7 @@ def test_read_only_folder():
 def test_folder_becomes_read_only_on_the_way(monkeypatch):
     whole = go('whole', '--max_iters=8', '--checkpoint_interval=2')
     with monkeypatch.context() as m, contextlib.ExitStack() as stack:
-        raise_at(m, checkpoint.method_class('mdlm')[0], 5, lambda: stack.enter_context(read_only('a')))
+        raise_at(m, configurator.method_class('mdlm')[0], 5, lambda: stack.enter_context(read_only('a')))
         assert tells(go, 'a', '--max_iters=8', '--checkpoint_interval=2') == 'cannot write a/log.jsonl (Permission denied)'
     assert checkpoint.load('a/ckpt.pt')['step'] == 4
     assert go('a', '--max_iters=8', '--checkpoint_interval=2') == whole
@@ -199,7 +200,7 @@ def test_data_that_shrinks_while_we_train(monkeypatch):
     whole = go('whole', *args)
     shutil.copy('set/train.bin', 'train.bin')
     with monkeypatch.context() as m:
-        raise_at(m, checkpoint.method_class('mdlm')[0], 6, lambda: os.truncate('set/train.bin', 1000))
+        raise_at(m, configurator.method_class('mdlm')[0], 6, lambda: os.truncate('set/train.bin', 1000))
         assert 'set/train.bin; put it back' in tells(go, 'a', *args)
     assert checkpoint.load('a/ckpt.pt')['step'] in (4, 8)  # batches are read a step ahead
     assert 'data file shrank: ' in tells(go, 'a', *args)
@@ -408,7 +409,7 @@ def test_arguments_of_any_text():
             with open('config.py', 'w', encoding='utf-8', errors='replace') as f:
                 f.writelines(rng.choice([f'{key} = {garble(rng)}\n', f'{garble(rng)}\n', f'{key} = 2 ** 5 # {garble(rng)}\n']) for _ in range(rng.randrange(1, 3)))
             argv.insert(rng.randrange(2), 'config.py')
-        told += tells(configure, defaults, argv, checkpoint.method_fields) is not None
+        told += tells(configure, defaults, argv) is not None
     assert 1500 < told < 3000
     for text in ('*'.join(['9**60'] * 6), '*'.join(['9**60'] * 100), '1' * 400, '1' * 4000, '-' + '9' * 309, '1' * 5000):
         for key in ('whole', 'rate', 'flag'):
@@ -428,7 +429,7 @@ def test_any_key_of_any_method():
            'adaptive_bins', 'batch_size', 'max_iters'}  # their sizes are the machine's limit, not ours
     for _ in range(400):
         name = rng.choice(list(METHODS))
-        keys = {**train.defaults, **checkpoint.method_fields('ladd' if name in ('co', 'di') else name)}
+        keys = {**train.defaults, **configurator.method_fields('ladd' if name in ('co', 'di') else name)}
         keys = [k for k in keys if k not in ('out_dir', 'init_from', 'wandb', 'compile', 'device', 'method', 'encoder', 'token_encoder')]
         values = [(k, rng.choice([v for v in odd if v not in ('1e9', '1e18') or k not in big])) for k in rng.choices(keys, k=rng.randrange(1, 4))]
         told += tells(go, 'a', *METHODS[name], '--max_iters=2', '--eval_seqs=4', '--init_from=scratch', *(f'--{k}={v}' for k, v in values)) is not None

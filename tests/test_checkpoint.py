@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import mdlm
 from configurator import UserError
 from test_bad_days import disk_full
@@ -33,10 +34,10 @@ def test_out_dir_to_method(tmp_path):
 
 
 def test_keys_of_a_method():
-    fields = checkpoint.method_fields('mdlm')
+    fields = configurator.method_fields('mdlm')
     assert 'hidden' in fields and 'vocab_size' not in fields
     with pytest.raises(UserError, match='no method mdml: did you mean mdlm'):
-        checkpoint.method_fields('mdml')
+        configurator.method_fields('mdml')
 
 
 def test_no_checkpoint_names_the_command(tmp_path):

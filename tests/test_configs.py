@@ -10,7 +10,7 @@ import torch
 import encoders
 import ladd
 import train
-from checkpoint import build, load_method, method_fields, save
+from checkpoint import build, load_method, save
 from configurator import configure
 from data import common, tokens
 
@@ -20,7 +20,7 @@ VOCAB = {'sawtooth': 2, 'shakespeare_char': 65, 'text': 50257, 'lm1b': 151669, '
 
 
 def read(name, *args):
-    return configure(train.defaults, [os.path.join(ROOT, 'config', name + '.py'), *args], method_fields)
+    return configure(train.defaults, [os.path.join(ROOT, 'config', name + '.py'), *args])
 
 
 def make(name, **more):

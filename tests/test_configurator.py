@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import checkpoint
 import configurator
 from configurator import UserError, configure
 
@@ -12,13 +11,10 @@ DEFAULTS = dict(out_dir='out', method='a', rate=3e-4, steps=100, quiet=False, na
 FIELDS = {'a': {'hidden': 8}, 'b': {'latents': 4, 'steps': 7}}
 
 
-def fields(name):
-    return FIELDS[name]
-
-
 @pytest.fixture(autouse=True)
 def two_methods(monkeypatch):
-    monkeypatch.setattr(checkpoint, 'METHODS', FIELDS)
+    monkeypatch.setattr(configurator, 'METHODS', FIELDS)
+    monkeypatch.setattr(configurator, 'method_fields', FIELDS.get)
 
 
 def write(tmp_path, text, name='run.py'):
@@ -29,30 +25,30 @@ def write(tmp_path, text, name='run.py'):
 
 def fails(argv, *words, defaults=DEFAULTS):
     with pytest.raises(UserError) as e:
-        configure(defaults, argv, fields)
+        configure(defaults, argv)
     for word in words:
         assert word in str(e.value), str(e.value)
 
 
 def test_order_defaults_file_command_line(tmp_path):
     path = write(tmp_path, '"""A run."""\nrate = 1e-3  # higher\nsteps = 2**4 * 5 - 1\nname = "y"\n')
-    assert configure(DEFAULTS, [], fields) == {**DEFAULTS, 'hidden': 8}
-    c = configure(DEFAULTS, [path, '--rate=5', '--quiet'], fields)
+    assert configure(DEFAULTS, []) == {**DEFAULTS, 'hidden': 8}
+    c = configure(DEFAULTS, [path, '--rate=5', '--quiet'])
     assert c == dict(out_dir='out/run', method='a', rate=5.0, steps=79, quiet=True, name='y', hidden=8)
     assert type(c['rate']) is float and type(c['steps']) is int
 
 
 def test_out_dir_said_is_out_dir(tmp_path):
     path = write(tmp_path, 'out_dir = "here"')
-    assert configure(DEFAULTS, [path], fields)['out_dir'] == 'here'
-    assert configure(DEFAULTS, [path, '--out_dir=there'], fields)['out_dir'] == 'there'
+    assert configure(DEFAULTS, [path])['out_dir'] == 'here'
+    assert configure(DEFAULTS, [path, '--out_dir=there'])['out_dir'] == 'there'
     assert 'out_dir' not in configure({'steps': 1}, [write(tmp_path, 'steps = 2')])
 
 
 def test_method_brings_its_keys(tmp_path):
-    assert configure(DEFAULTS, ['--method=b', '--latents=2'], fields)['latents'] == 2
-    assert configure(DEFAULTS, ['--latents=2', write(tmp_path, 'method = "b"')], fields)['latents'] == 2
-    assert configure(DEFAULTS, ['--method=b'], fields)['steps'] == 100  # a key of the script and of the method: the script's
+    assert configure(DEFAULTS, ['--method=b', '--latents=2'])['latents'] == 2
+    assert configure(DEFAULTS, ['--latents=2', write(tmp_path, 'method = "b"')])['latents'] == 2
+    assert configure(DEFAULTS, ['--method=b'])['steps'] == 100  # a key of the script and of the method: the script's
     fails(['--latents=2'], 'unknown key latents: it is a key of b, and method=a')
     fails(['--method=b', '--hidden=2'], 'unknown key hidden: it is a key of a, and method=b')
 
@@ -110,10 +106,11 @@ def test_missing_config_says_which_exist(tmp_path, monkeypatch):
 
 def test_help_lists_the_keys_of_the_method(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, 'method = "b"\nrate = 1.0')
-    for method_fields, argv, known in [(None, ['--help', 'out/A'], DEFAULTS), (fields, ['-h', '--hiden=8'], {**DEFAULTS, 'hidden': 8}),
-                                       (fields, ['--method=b', '--help'], {**DEFAULTS, 'method': 'b', 'latents': 4}),
-                                       (fields, [path, '--help'], {**DEFAULTS, 'method': 'b', 'rate': 1.0, 'out_dir': 'out/run', 'latents': 4})]:
-        monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(__doc__='Trains.', defaults=DEFAULTS, method_fields=method_fields))
+    no_method = {'out_dir': '', 'steps': 3}
+    for defaults, argv, known in [(no_method, ['--help', 'out/A'], no_method), (DEFAULTS, ['-h', '--hiden=8'], {**DEFAULTS, 'hidden': 8}),
+                                  (DEFAULTS, ['--method=b', '--help'], {**DEFAULTS, 'method': 'b', 'latents': 4}),
+                                  (DEFAULTS, [path, '--help'], {**DEFAULTS, 'method': 'b', 'rate': 1.0, 'out_dir': 'out/run', 'latents': 4})]:
+        monkeypatch.setitem(sys.modules, '__main__', SimpleNamespace(__doc__='Trains.', defaults=defaults))
         monkeypatch.setattr(sys, 'argv', ['x.py', *argv])
         configurator.run(None)
         assert capsys.readouterr().out == 'Trains.\n\n\nkeys and defaults:\n' + ''.join(f'  --{k}={v}\n' for k, v in known.items())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import checkpoint
+import configurator
 import encoders
 import ldlm
 import test_train
@@ -643,7 +644,7 @@ ROOT = os.path.dirname(train.__file__)
 
 
 def read(name, *args):
-    return configure(train.defaults, [os.path.join(ROOT, 'config', name + '.py'), *args], checkpoint.method_fields)
+    return configure(train.defaults, [os.path.join(ROOT, 'config', name + '.py'), *args])
 
 
 def on_meta(config, V):

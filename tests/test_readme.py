@@ -26,7 +26,7 @@ with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as readme:
 COMMAND = re.compile(r'^ {4,}((?:python|torchrun) .*)$', re.MULTILINE)
 BLOCKS = re.findall(r'^```python\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
 EXAMPLE = next(block for block in BLOCKS if 'class MaskGIT' in block)  # the reader's own file, maskgit.py
-LINE = next(block for block in BLOCKS if block.startswith('METHODS'))  # and its line in checkpoint.py
+LINE = next(block for block in BLOCKS if block.startswith('METHODS'))  # and its line in configurator.py
 SKIPPED = {'python -m pytest': 'runs this test',
            'python sample.py --init_from=kuleshov-group/mdlm-owt': 'downloads weights; tests/test_hub.py loads such weights from a folder'}
 
@@ -53,7 +53,7 @@ def shorten_train(argv, more=2):
     import checkpoint
     import train
     from configurator import configure
-    c = configure(train.defaults, argv, checkpoint.method_fields)  # the command as it stands: its keys are known
+    c = configure(train.defaults, argv)  # the command as it stands: its keys are known
     path = os.path.join(c['out_dir'], 'ckpt.pt')
     done = checkpoint.load(path)['step'] if os.path.exists(path) else 0
     argv = [*argv, *TINY, *TINY_OF[c['method']], f'--max_iters={done + more}', '--micro_batch=2']
@@ -188,10 +188,10 @@ def test_every_command_runs(tmp_path):
         shutil.copy(os.path.join(ROOT, path), copy / path)
     (copy / 'text.txt').write_text(TEXT)
     (copy / 'maskgit.py').write_text(EXAMPLE)
-    source = (copy / 'checkpoint.py').read_text()
+    source = (copy / 'configurator.py').read_text()
     old = next(line for line in source.splitlines(True) if line.startswith('METHODS = '))
     assert LINE.replace(", 'maskgit': 'MaskGIT'", '') == old  # just one name more
-    (copy / 'checkpoint.py').write_text(source.replace(old, LINE))
+    (copy / 'configurator.py').write_text(source.replace(old, LINE))
 
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
     r = subprocess.run([sys.executable, os.path.abspath(__file__), str(copy)], capture_output=True, text=True, env=env)
@@ -245,7 +245,7 @@ def test_the_example_is_short():
 def test_keys_exist():
     """--key anywhere in the README is a key of some script."""
     sys.path.insert(0, ROOT)
-    from checkpoint import METHODS, method_fields
+    from configurator import METHODS, method_fields
     modules = [importlib.import_module(name) for name in ('train', 'sample', 'eval', 'bench', 'frontier', 'sawtooth')]
     known = {key for module in modules for key in module.defaults} | {key for name in METHODS for key in method_fields(name)}
     prepare = {'input', 'tokenizer', 'name', 'split', 'set'}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import mdlm
 import train
 from configurator import UserError
@@ -129,7 +130,7 @@ def test_kill_and_resume_give_the_same_next_losses(monkeypatch, capsys, method, 
     begins = [line.strip()[:26] for line in capsys.readouterr().out.replace('\r', '\n').split('\n') if ' begins' in line or 'k-means' in line]
     assert begins == (['step 5: k-means has made t', 'step 20: stage 2 begins: e'] if method == 'ladd' else [])
     with monkeypatch.context() as m:
-        raise_at(m, checkpoint.method_class(method)[0], at, killed)
+        raise_at(m, configurator.method_class(method)[0], at, killed)
         with pytest.raises(Killed):
             go('parts', *args)
     assert checkpoint.load('parts/ckpt.pt')['step'] == at - 5
