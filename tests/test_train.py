@@ -447,6 +447,22 @@ for name, args in {ONE_AND_TWO!r}.items():
         assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
 
 
+def test_one_graph_holds_what_processes_tell_each_other():
+    """What a GPU compiles, forward pass with codebook and adaptive times, is one graph on two processes, too; and the numbers are the same."""
+    r = run_script(FORK + f"""
+train.compile_in_place = lambda method, device: method.compile(fullgraph=True, backend='eager')
+for name in ('di_ladd', 'ldlm'):
+    for compiled in (False, True):
+        args = [*{TINY!r}, *{ONE_AND_TWO!r}[name], '--max_iters=8', f'--out_dir={{name}}{{compiled}}', '--micro_batch=2', f'--compile={{compiled}}']
+        assert set(processes(2, args, lambda rank: None)) == {{0}}
+""")
+    assert r.returncode == 0, r.stderr
+    for name in ('di_ladd', 'ldlm'):
+        assert torch.allclose(torch.tensor(losses(name + 'False')), torch.tensor(losses(name + 'True')), rtol=1e-4), name
+        a, b = weights(name + 'False'), weights(name + 'True')
+        assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
+
+
 def test_bad_days_of_two_processes():
     """A signal to one of them stops both after the same step; so does a loss that is not finite on one; a full disk of rank 0 leaves nobody waiting."""
     r = run_script(FORK + f"""

@@ -1,0 +1,64 @@
+"""What a GPU would make the host wait for, or refuse, on a machine without one.
+
+Tensors of the device `meta` have shapes but no values. A step that asks for a value (`.item()`, `if tensor:`, x[mask], a number of rows that
+depends on the data) fails there, and so does one that mixes them with tensors forgotten on the CPU. Nothing here is `cpu`, so the branches are those of a GPU.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+import checkpoint
+from noise import Noise
+from test_head import B, L, V
+
+BASE = dict(vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8)
+LADD = dict(method='ladd', num_latents=2, latent_dim=4, encoder_layers=1, stage1_iters=2)
+METHODS = {
+    'mdlm': dict(method='mdlm', dropout=0.1), 'ar': dict(method='ar'), 'geometric': dict(method='mdlm', schedule='geometric'),
+    'co_ladd': dict(LADD, p_drop=0.1, encoder_dropout=True, p_start=0.1, latent_layers=1),
+    'di_ladd': dict(LADD, latent='discrete', latent_schedule='linear', codebook_size=5, times='independent', stage1_iters=4, vq_start=1),
+    'ldlm': dict(method='ldlm', token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1, decoder_layers=1, adaptive_bins=4,
+                 adaptive_every=2, mask_states=0.1),
+}
+
+
+def step(method, i, accumulate=2):
+    """What train.py does in a step, but for AdamW."""
+    noise = Noise(0, i, torch.arange(B, device='meta'), B)
+    if hasattr(method, 'begin_step'):
+        method.begin_step(i, lambda n: (torch.zeros(n, L, dtype=torch.int64, device='meta'),), noise)
+    x = torch.zeros(B, L, dtype=torch.int64, device='meta')
+    for k in range(accumulate):
+        loss, logs = method(x[k::accumulate], noise[k::accumulate])
+        (loss / accumulate).backward()
+    norm = torch.nn.utils.clip_grad_norm_(method.parameters(), 1.0)
+    method.zero_grad(set_to_none=True)
+    return [loss, norm, *logs.values()]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_no_step_asks_the_host(name, monkeypatch):
+    """Six steps, with a stage's or the codebook's beginning and new times among them."""
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    with torch.device('meta'):
+        method = checkpoint.build({**BASE, **METHODS[name]}).train()
+    for i in range(6):
+        assert {v.device.type for v in step(method, i)} == {'meta'}
+
+
+@pytest.mark.parametrize('spoilt', ['value', 'shape', 'place'])
+def test_it_would_be_seen(spoilt, monkeypatch):
+    with torch.device('meta'):
+        method = checkpoint.build({**BASE, 'method': 'mdlm'})
+    corrupt = method.corrupt
+
+    def wrapped(x, t, noise):
+        x_t, mask = corrupt(x, t, noise)
+        if spoilt == 'value' and mask.any():
+            return x_t, mask
+        return (x_t[mask] if spoilt == 'shape' else x_t + torch.zeros(L, dtype=torch.int64)), mask
+    monkeypatch.setattr(method, 'corrupt', wrapped)
+    with pytest.raises((RuntimeError, NotImplementedError), match='meta'):
+        step(method, 0)
