@@ -1,15 +1,18 @@
 """
-How fast a config trains and samples here, how much memory that takes, and what the economical vocabulary head is worth.
+How fast, how large: training and sampling of a config on this machine, and what the economical vocabulary head is worth.
 
     python bench.py config/NAME.py [--key=value ...]         keys: those of train.py and the ones below
-    python bench.py config/owt_mdlm.py --vocab_size=50257 --batch_size=8      random tokens: no data set needed
+    python bench.py config/owt_mdlm.py --vocab_size=151669 --batch_size=32                   random tokens: no data set needed
+    python bench.py config/owt_di_ladd.py --vocab_size=151669 --batch_size=32 --stored_latents=True --stage1_iters=0     the second stage
 
-Everything is measured twice, each time in a process of its own: as it is, and in the straightforward way, where training
-takes F.cross_entropy of (B, L, V) logits and sampling draws all positions by fp64 Gumbel noise over V + 1 outcomes.
+Everything is measured several times, each time in a process of its own: compiled (if the config says so), eager, and in the straightforward
+way, where training takes F.cross_entropy of (B, L, V) logits and MDLM's sampling draws all positions by fp64 Gumbel noise over V + 1
+outcomes. Texts are random tokens, stored latents random vectors; a frozen encoder runs as in training, from the hub or its folder.
 
 Training FLOPs per sequence = 6 * (layers * (12 L d^2 + 2 L^2 d) + rows * d * V): two per multiply-add, backward costs twice forward;
-rows = L / 2, the positions that MDLM masks on average (AR: L). It is the useful work, the same number for both ways; left out
-are embeddings, AdaLN, and an encoder. MFU divides it by the peak that is printed.
+rows = L / 2, the positions that MDLM and LADD mask on average (AR, LDLM: L). LDLM has its autoencoder besides, and the forward pass of
+self-conditioning. It is the useful work, the same number for all ways; left out are embeddings, AdaLN, and other encoders. MFU divides it
+by the peak that is printed.
 """
 import json
 import resource
@@ -23,12 +26,13 @@ import torch
 import torch.nn.functional as F
 
 import ar
+import ldlm
 import mdlm
 from checkpoint import build, device_name, pick_device
 from configurator import UserError, configure, run
 from data.tokens import open_data
 from noise import Noise
-from train import check, compile_in_place, defaults
+from train import backbones, check, compile_in_place, defaults
 
 defaults = dict(
     defaults,
@@ -36,7 +40,7 @@ defaults = dict(
     iters=5,                   # training steps that are timed; the median counts
     steps=64,                  # of the sampler
     num_samples=2,             # sequences sampled at once; 0: no sampling
-    variant='',                # (what a process of its own measures: ours | full)
+    variant='',                # (what a process of its own measures: compiled | eager | full)
 )
 PEAKS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}  # dense bf16 FLOP/s by the data sheets
 
@@ -100,31 +104,46 @@ def peak_flops(device, dtype):
     return peak, f'{name}: {peak / 1e12:.3g} TFLOP/s, the best of five {n} x {n} products in {str(dtype)[6:]}'
 
 
-def measure(c, config, device, L):
+def training_flops(method):
+    """Useful FLOPs per sequence: see above."""
+    c = method.config
+    L, V = c.block_size, c.vocab_size
+    if isinstance(method, ldlm.LDLM):
+        autoencoder = sum(m.flops(L) for m in method.modules() if isinstance(m, ldlm.Transformer))
+        return 6 * (method.flops(L) + autoencoder + L * c.latent_dim * V) + 2 * method.flops(L) * (c.self_conditioning > 0)
+    return 6 * (method.flops(L) + (L if isinstance(method, ar.AR) else L / 2) * c.hidden * V)
+
+
+def measure(c, config, device):
     """One variant -> dict of numbers."""
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision('high')
-    method = build(config).to(device).train()
+    method, L = build(config).to(device).train(), c.block_size
     if c.variant == 'full':
-        ar.head_cross_entropy = full_cross_entropy
+        ar.head_cross_entropy = ldlm.head_cross_entropy = full_cross_entropy
         if isinstance(method, mdlm.MDLM):
             method.token_loss = MethodType(full_token_loss, method)
     params = list(method.parameters())
-    if c.compile:
+    if c.variant == 'compiled':
         compile_in_place(method, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     accumulate = c.batch_size // (c.micro_batch or c.batch_size)
     rows = torch.arange(c.batch_size, device=device)
-    x = torch.randint(c.vocab_size, (c.batch_size, L), device=device)
+
+    def texts(n):
+        x = torch.randint(c.vocab_size, (n, L), device=device)
+        return (x, torch.randn(n, c.num_latents, c.latent_dim, device=device)) if getattr(c, 'stored_latents', False) else (x,)
+    batch = texts(c.batch_size)
 
     def gradient(step):
         noise = Noise(c.seed, step, rows, c.batch_size)
         if hasattr(method, 'begin_step'):
             with autocast:
-                method.begin_step(step, lambda n: (torch.randint(c.vocab_size, (n, L), device=device),), noise)
+                method.begin_step(step, texts, noise)
         for i in range(accumulate):
+            x, *z_0 = (part[i::accumulate] for part in batch)
             with autocast:
-                loss, _ = method(x[i::accumulate], noise[i::accumulate])
+                loss, _ = method(x, noise[i::accumulate], *z_0)
             (loss / accumulate).backward()
         torch.nn.utils.clip_grad_norm_(params, c.grad_clip or float('inf'))
 
@@ -148,23 +167,27 @@ def measure(c, config, device, L):
     del optimizer, ema
     method.eval()
     n = c.num_samples
-    if n and c.variant == 'ours':
-        with autocast:
-            result['sampling'] = seconds(lambda: method.sample(n, c.steps), device) / n
+    if n and c.variant != 'full':
+        if c.variant == 'compiled' and device.type == 'cuda':
+            for network in backbones(method):
+                network.compile()
+        for strategy in method.strategies:
+            how = {'strategy': strategy} if len(method.strategies) > 1 else {}
+            with autocast:
+                method.sample(n, c.steps, **how)  # a warm-up: the number of texts in a call changes from step to step
+                result[f'sampling {strategy}'] = seconds(lambda: method.sample(n, c.steps, **how), device) / n
     elif n and type(method) is mdlm.MDLM:
         alphas = mdlm.alpha(mdlm.time_grid(c.steps, device), c.schedule)
         part = min(4, c.steps)
         with autocast:
             masked = torch.full((n, L), method.mask_id, device=device)
-            result['sampling'] = seconds(lambda: full_sample(method, masked, alphas, part), device) / n * c.steps / part
+            result['sampling joint'] = seconds(lambda: full_sample(method, masked, alphas, part), device) / n * c.steps / part
     return result
 
 
 def in_its_own_process(argv, variant):
-    """measure() where nothing else has been allocated before -> its dict; an empty one if the full head needs more than there is."""
+    """measure() where nothing else has been allocated before -> its dict; an empty one if it failed, for want of memory, say."""
     done = subprocess.run([sys.executable, __file__, *argv, f'--variant={variant}'], stdout=subprocess.PIPE, text=True)
-    if done.returncode and variant == 'ours':
-        raise UserError('the measurement failed for the reason above')
     return {} if done.returncode else json.loads(done.stdout)
 
 
@@ -172,8 +195,8 @@ def main(argv):
     config = configure(defaults, argv)
     c = SimpleNamespace(**config)
     check(c, 1)
-    if c.method == 'ldlm':
-        raise UserError('bench.py knows mdlm, ladd and ar: LDLM has no masked rows to save, and several networks to count')
+    if c.method == 'ldlm' and c.stage != 'joint':
+        raise UserError('bench.py counts the FLOPs of LDLM for --stage=joint')
     device = pick_device(c.device)
     if c.vocab_size and not c.block_size:
         raise UserError('random tokens (vocab_size) want a block_size too')
@@ -184,24 +207,27 @@ def main(argv):
             raise UserError(f'{e}; or --vocab_size=50257 for random tokens') from e
         config.update(vocab_size=data.vocab_size, block_size=data.block_size)
         c = SimpleNamespace(**config)
-    L, V = c.block_size, c.vocab_size
     if c.variant:
-        return print(json.dumps(measure(c, config, device, L)))
+        return print(json.dumps(measure(c, config, device)))
 
+    L = c.block_size
     with torch.device('meta'):
-        method = build(config)
-    flops = 6 * (method.flops(L) + (L if c.method == 'ar' else L / 2) * c.hidden * V)
+        flops = training_flops(build(config))
     peak, source = peak_flops(device, getattr(torch, c.dtype))
-    print(f'{c.method}, {c.num_layers} layers of width {c.hidden}, L = {L}, V = {V:,}, batch {c.batch_size}, {c.dtype}{", compiled" if c.compile else ""}')
+    print(f'{c.method}, {c.num_layers} layers of width {c.hidden}, L = {L}, V = {c.vocab_size:,}, batch {c.batch_size}, {c.dtype}')
     print(f'{flops / L / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: {source}', flush=True)
-    ours, full = in_its_own_process(argv, 'ours'), in_its_own_process(argv, 'full')
-    print(f'{"":38}{"here":>12}{"full head":>12}{"ratio":>9}')
+    results = {variant: in_its_own_process(argv, variant) for variant in [*['compiled'] * c.compile, 'eager', 'full']}
+    if not any(results.values()):
+        raise UserError('the measurement failed for the reason above')
+    print(f'{"":44}' + ''.join(f'{"full head" if name == "full" else name:>12}' for name in results) + f'{"ratio":>10}')
+    sampling = {f'sampling {s}': f'sampling {c.steps} steps, s/sequence' + f', {s}' * ('sampling seq' in results['eager']) for s in ('joint', 'seq')}
     for text, key, scale in [('training, tokens/s', 'tokens_per_s', 1), ('training, MFU in %', 'tokens_per_s', 100 * flops / L / peak),
-                             ('peak memory in GB: forward, backward', 'gradient_memory', 1e-9),
-                             ('                   and AdamW, EMA', 'memory', 1e-9), (f'sampling {c.steps} steps, s/sequence', 'sampling', 1)]:
-        if key in ours:
-            a, b = ours[key], full.get(key)
-            print(f'{text:38}{a * scale:12,.4g}' + (f'{b * scale:12,.4g}{a / b:8.3g}x' if b else f'{"-":>12}'))
+                             ('peak memory in GB: forward, backward', 'gradient_memory', 1e-9), ('                   and AdamW, EMA', 'memory', 1e-9),
+                             *((text, key, 1) for key, text in sampling.items())]:
+        values = [result.get(key) for result in results.values()]
+        there = [v for v in values if v]
+        if there:
+            print(f'{text:44}' + ''.join(f'{v * scale:12,.4g}' if v else f'{"-":>12}' for v in values) + f'{there[0] / there[-1]:9.3g}x' * (len(there) > 1))
 
 
 if __name__ == '__main__':

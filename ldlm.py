@@ -314,10 +314,14 @@ class LDLM(nn.Module):
         """h -> z, both (b, L, D), fp32: latents are not normalised, so that their size is the encoder's to choose."""
         return self.encoder(h).float()
 
+    def decode(self, z):
+        """z, noisy or clean -> h_hat, both (b, L, D), fp32."""
+        return self.decoder(z).float()
+
     @torch.no_grad()
     def tokens(self, z):
         """Clean latents (b, L, D) -> ids (b, L), the likeliest at each place."""
-        h = self.token_decoder(self.decoder(z) if self.config.decode_from == 'states' else z)
+        h = self.token_decoder(self.decode(z) if self.config.decode_from == 'states' else z)
         chunks = h.flatten(0, 1).split(rows_at_once(self.config.vocab_size, z.device))
         return torch.cat([self.head(chunk).argmax(dim=-1) for chunk in chunks]).view(z.shape[:2])
 
@@ -372,7 +376,7 @@ class LDLM(nn.Module):
             z_noisy = z + c.sigma_dec * noise.normal('decoder', *z.shape[1:])
             if trains_autoencoder or c.decode_from == 'states':
                 with torch.set_grad_enabled(trains_autoencoder):
-                    h_hat = self.decoder(z_noisy).float()
+                    h_hat = self.decode(z_noisy)
             if trains_autoencoder and c.reconstruction != 'ce' and c.latent_encoder != 'none':
                 logs['state_loss'] = F.mse_loss(h_hat, h)  # LDLM eq. (2)
                 losses.append(logs['state_loss'])

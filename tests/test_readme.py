@@ -48,12 +48,11 @@ def fewer(argv, key, most):
             for a in argv]
 
 
-def shorten_train(argv, more=2):
-    """Arguments of train.py -> a tiny network, `more` further steps, no download."""
+def shorten_train(argv, script='train', more=2):
+    """Arguments of train.py (or of a script with its keys) -> a tiny network, `more` further steps, no download."""
     import checkpoint
-    import train
     from configurator import configure
-    c = configure(train.defaults, argv)  # the command as it stands: its keys are known
+    c = configure(importlib.import_module(script).defaults, argv)  # the command as it stands: its keys are known
     path = os.path.join(c['out_dir'], 'ckpt.pt')
     done = checkpoint.load(path)['step'] if os.path.exists(path) else 0
     argv = [*argv, *TINY, *TINY_OF[c['method']], f'--max_iters={done + more}', '--micro_batch=2']
@@ -63,7 +62,7 @@ def shorten_train(argv, more=2):
         argv += ['--stage1_iters=1', '--vq_start=0']
     elif c['method'] == 'ladd' and c['stage1_iters']:
         argv.append('--stage1_iters=1')
-    return [*argv, *(f'--{key}={os.path.abspath("model")}' for key in ('encoder', 'token_encoder') if c.get(key) in MODELS)]
+    return [*argv, *(f'--{key}={os.path.abspath("model")}' for key in ('encoder', 'token_encoder') if c.get(key) in (*MODELS, 'gpt2'))]
 
 
 def shorten(script, argv):
@@ -87,7 +86,7 @@ def shorten(script, argv):
     if script == 'plot.py':
         return argv
     if script == 'bench.py':
-        return [*argv, *TINY, '--micro_batch=2', '--vocab_size=50', f'--block_size={L}', '--iters=1', '--steps=2', '--num_samples=1']
+        return [*shorten_train(argv, 'bench'), '--vocab_size=8', f'--block_size={L}', '--iters=1', '--steps=2', '--num_samples=1']
     raise LookupError(f'tests/test_readme.py does not know how to shorten {script}')
 
 
@@ -143,8 +142,8 @@ def measure_here(argv, variant):
     import bench
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        if variant == 'ours':
-            bench.main([*argv, '--variant=ours'])
+        if variant == 'eager':
+            bench.main([*argv, '--variant=eager'])
     return json.loads(out.getvalue() or '{}')
 
 
