@@ -28,11 +28,11 @@ import torch.nn.functional as F
 import ar
 import ldlm
 import mdlm
-from checkpoint import build, device_name, pick_device
+from checkpoint import backbones, build, compile_in_place, device_name, pick_device
 from configurator import UserError, configure, run
 from data.tokens import open_data
 from noise import Noise
-from train import backbones, check, compile_in_place, defaults
+from train import check, defaults
 
 defaults = dict(
     defaults,
@@ -125,7 +125,7 @@ def measure(c, config, device):
             method.token_loss = MethodType(full_token_loss, method)
     params = list(method.parameters())
     if c.variant == 'compiled':
-        compile_in_place(method, device)
+        compile_in_place(backbones(method) if device.type == 'cpu' else [method], device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     accumulate = c.batch_size // (c.micro_batch or c.batch_size)
     rows = torch.arange(c.batch_size, device=device)
@@ -168,9 +168,8 @@ def measure(c, config, device):
     method.eval()
     n = c.num_samples
     if n and c.variant != 'full':
-        if c.variant == 'compiled' and device.type == 'cuda':
-            for network in backbones(method):
-                network.compile()
+        if c.variant == 'compiled' and device.type != 'cpu':
+            compile_in_place(backbones(method), device)
         for strategy in method.strategies:
             how = {'strategy': strategy} if len(method.strategies) > 1 else {}
             with autocast:

@@ -1,5 +1,5 @@
 """
-Checkpoints: an atomic write, a read that runs no code, and the way from out_dir to a method. And lines of .jsonl, weights, devices by name.
+Checkpoints: an atomic write, a read that runs no code, and the way from out_dir to a method. And lines of .jsonl, names of weights, devices.
 
 A checkpoint is a dict of numbers, strings and tensors:
     format      1
@@ -15,6 +15,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import zlib
 
 import torch
@@ -166,7 +167,7 @@ def begin_with(method, config, out_dir):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
-# names: of weights, of devices
+# weights and devices
 
 def fingerprint(module):
     """Of all weights, 8 hex digits: what was made with them names them, and a run that was trained on in the same folder has others."""
@@ -189,3 +190,16 @@ def pick_device(name):
 
 def device_name(device):
     return torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
+
+
+def backbones(method):
+    """Its networks between embeddings and heads."""
+    return [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
+
+
+def compile_in_place(modules, device):
+    """torch.compile; the names in the state dict stay as they are. UserError where a CPU's compiler is missing."""
+    if device.type == 'cpu' and not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
+        raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, or do without: --compile=False')
+    for module in modules:
+        module.compile()

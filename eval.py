@@ -314,8 +314,8 @@ def main(argv):
     if c.out_dir:
         append(os.path.join(c.out_dir, 'eval.jsonl'))
     common = {'model': c.out_dir or c.init_from, 'method': config['method'], 'step': config['step'], 'weights': fingerprint(method),
-              'dataset': config.get('dataset'), 'L': L, 'seed': c.seed, 'batch_size': c.batch_size, 'dtype': c.dtype, 'device': device_name(device),
-              'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
+              'dataset': config.get('dataset'), 'L': L, 'seed': c.seed, 'batch_size': c.batch_size, 'dtype': c.dtype, 'compile': c.compile,
+              'device': device_name(device), 'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
     results = []
 
     def report(result):

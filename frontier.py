@@ -25,7 +25,7 @@ from sample import open_model, open_tokenizer, shared, whole_file
 measuring = dict(  # as in eval.py
     num_samples=64,
     teacher='gpt2-large',
-    **{key: shared[key] for key in ('seed', 'batch_size', 'device', 'dtype')})
+    **{key: shared[key] for key in ('seed', 'batch_size', 'device', 'dtype', 'compile')})
 defaults = dict(
     steps='1,2,4,8,16,32,64',  # denoiser calls for the tokens
     strategies='joint,seq',    # of these, those that a method has
@@ -54,14 +54,14 @@ def main(argv):
     # which results are wanted, and the eval.py command that makes them
     wanted = []
     for folder in folders:
-        method, config = open_model(SimpleNamespace(out_dir=folder, init_from=''), device)
+        method, config = open_model(SimpleNamespace(out_dir=folder, init_from='', compile=False), device)
         strategies = [s for s in method.strategies if s in asked]
         if not strategies:
             raise UserError(f'{folder} has none of the strategies {c.strategies}; it has: {", ".join(method.strategies)}')
         if folder == folders[0]:
             teacher = eval.open_teacher(c.teacher, config, open_tokenizer(config), device)[1]
         same = {'step': config['step'], 'weights': fingerprint(method), 'num_samples': c.num_samples, 'seed': c.seed, 'batch_size': c.batch_size,
-                'dtype': c.dtype, 'device': device_name(device), **teacher}
+                'dtype': c.dtype, 'compile': c.compile, 'device': device_name(device), **teacher}
         for strategy in strategies:
             flags = {'strategy': strategy, **({'latent_steps': c.latent_steps} if strategy == 'seq' else {})}
             for options in eval.variants(SimpleNamespace(**{**eval.defaults, **vars(c), 'latent_steps': '8', **flags}), method):
@@ -72,8 +72,7 @@ def main(argv):
                 wanted.append((folder, command, budgets, {**same, **options}))
 
     def known(folder, settings):
-        found = [r for r in plot.read(folder, 'eval.jsonl') if r.get('gen_ppl') is not None and settings.items() <= r.items()]
-        return [{**found[-1], 'model': folder}] if found else []
+        return [r for r in plot.gen_ppls(folder) if settings.items() <= r.items()][-1:]
 
     results = plot.measured([name for name in names if name.endswith('.jsonl')])
     for folder, command, budgets, settings in wanted:

@@ -71,8 +71,8 @@ def log(folders, path, out):
 # ----------------------------------------------------------------------------------------------------------------------------------
 # Gen PPL against cost
 
-SETTINGS = ('model', 'step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples', 'batch_size', 'dtype', 'device',
-            'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
+SETTINGS = ('model', 'step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples', 'batch_size', 'dtype', 'compile',
+            'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
 TABLES = (('gflops', 'gen_ppl'), ('gflops', 'entropy_sample'), ('gflops', 'entropy_position'), ('gflops', 'diversity'),  # LADD tables 2, 5; 11, 13
           ('steps', 'gen_ppl'), ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),                            # LADD tables 9, 12
           ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
@@ -80,15 +80,21 @@ SECONDS = {'wall': 'seconds_per_sample', 'cpu': 'cpu_seconds_per_sample'}
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'paper_ladd.json')
 
 
+def gen_ppls(name):
+    """The results in a folder's eval.jsonl, or in a file with copies of such, that have a Gen PPL."""
+    here = {} if name.endswith('.jsonl') else {'model': os.path.normpath(name)}  # the folder may have been renamed
+    return [{'compile': False, **r, **here} for r in read(name, 'eval.jsonl') if r.get('gen_ppl') is not None]  # older results do not say
+
+
 def measured(names):
-    """All results that have a Gen PPL, of folders and of files that hold copies of results."""
+    """gen_ppls of all of them. UserError if one has none."""
     results = []
     for name in names:
-        found = [r for r in read(name, 'eval.jsonl') if r.get('gen_ppl') is not None]
+        found = gen_ppls(name)
         if not found:
             raise UserError(f'{name} holds no Gen PPL' + ('' if name.endswith('.jsonl') else
                             f' yet: python eval.py --out_dir={name} --metrics=gen_ppl --steps=1,2,4,8,16,32'))
-        results += found if name.endswith('.jsonl') else [{**r, 'model': os.path.normpath(name)} for r in found]  # it may have been renamed
+        results += found
     return results
 
 

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from checkpoint import is_run, load_method, pick_device
+from checkpoint import backbones, compile_in_place, is_run, load_method, pick_device
 from configurator import UserError, configure, run
 from data.tokens import DATA, Char, load_tokenizer, read_meta
 
@@ -40,6 +40,7 @@ shared = dict(  # with eval.py
     batch_size=32,
     device='auto',             # auto | cpu | cuda | mps
     dtype='float32',           # of the matrix products: float32 | bfloat16; draws are in fp64
+    compile=False,             # torch.compile the networks: for many samples, since it takes a minute
 )
 defaults = dict(
     num_samples=16,
@@ -67,9 +68,13 @@ def open_model(c, device):
     if c.init_from:
         from hub import load_hub
         method, config = load_hub(c.init_from, device)
-        return method, {**config, 'step': None}
-    method, checkpoint = load_method(c.out_dir, device)
-    return method, {**checkpoint['config'], 'step': checkpoint['step']}
+        config['step'] = None
+    else:
+        method, checkpoint = load_method(c.out_dir, device)
+        config = {**checkpoint['config'], 'step': checkpoint['step']}
+    if c.compile:
+        compile_in_place(backbones(method), device)
+    return method, config
 
 
 def open_tokenizer(config):

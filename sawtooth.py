@@ -274,13 +274,13 @@ defaults = dict(
     num_samples=20480,
     steps='1,2,4,8,16,32',  # token steps
     device='cpu',
-    compile=False,          # torch.compile the denoisers: half the time, once it is done
+    compile=False,          # torch.compile the networks: half the time, once it is done
     save='out/sawtooth',    # -> out/sawtooth.png, out/sawtooth_samples.png; the numbers are kept in each out_dir
 )
 
 
 def main(argv):
-    from checkpoint import append, fingerprint, load_method, pick_device
+    from checkpoint import append, backbones, compile_in_place, fingerprint, load_method, pick_device
     from configurator import UserError, configure, numbers
     from mdlm import MDLM
     from plot import read
@@ -301,7 +301,7 @@ def main(argv):
         if checkpoint['config']['dataset'] != 'sawtooth' or not isinstance(method, MDLM):
             raise UserError(f'{out_dir} is {checkpoint["config"]["method"]} on {checkpoint["config"]["dataset"]}; the tables are of mdlm and ladd on sawtooth')
         if c['compile']:
-            method.dit.compile()
+            compile_in_place(backbones(method), device)
         common = dict(name=label(method.config), out_dir=os.path.normpath(out_dir), step=checkpoint['step'], seed=checkpoint['config']['seed'],
                       weights=fingerprint(method))
         # measured once, and kept: sampling is what takes long

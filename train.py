@@ -10,7 +10,6 @@ masks are functions of (seed, step, global row), see noise.py. Stop it with Ctrl
 """
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -23,7 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import FORMAT, append, begin_with, build, check_fits, cut_log, device_name, is_run, load, pick_device, save
+from checkpoint import (FORMAT, append, backbones, begin_with, build, check_fits, compile_in_place, cut_log, device_name, is_run, load, pick_device,
+                        save)
 from configurator import UserError, configure, run
 from data.tokens import WithLatents, open_data
 from noise import Noise
@@ -132,7 +132,7 @@ def evaluate(method, data, n, batch, rank, world, device):
 
 
 # ----------------------------------------------------------------------------------------------------
-# processes and compilation
+# processes
 
 def connect(backend):
     """Joins the processes that torchrun started.
@@ -152,17 +152,6 @@ def connect(backend):
                 store.set(f'prefix for {store.get(key).decode()}', prefix)
         time.sleep(0.01)
     dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
-
-
-def backbones(method):
-    """Its networks between embeddings and heads."""
-    return [m for m in method.modules() if hasattr(m, 'flops') and m is not method]
-
-
-def compile_in_place(method, device):
-    """The names in the state dict stay as they are. On a CPU the heads keep out: their number of rows changes from step to step."""
-    for module in [method] if device.type == 'cuda' else backbones(method):
-        module.compile()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -210,8 +199,6 @@ def main(argv):
         c.init_from = 'auto'  # a worker died, and torchrun has given the same command again: it is to go on
     check(c, world)
     device = pick_device(c.device)
-    if c.compile and device.type == 'cpu' and not any(shutil.which(name) for name in (os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl')):
-        raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, or train without: --compile=False')
     path = os.path.join(c.out_dir, 'ckpt.pt')
     checkpoint = load(path) if c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path) else None
     published = '/' in c.init_from and not is_run(c.init_from)  # weights of others, and so their shape
@@ -276,7 +263,8 @@ def main(argv):
         torch._foreach_copy_(ema, [checkpoint['ema'][name].to(device) for name in names])
         checkpoint = None  # it is four times as large as the weights
     if c.compile:
-        compile_in_place(method, device)
+        # the whole forward pass; on a CPU the heads keep out: their number of rows changes from step to step
+        compile_in_place(backbones(method) if device.type == 'cpu' else [method], device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
     if world > 1:
         connect('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')

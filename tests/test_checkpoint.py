@@ -159,3 +159,10 @@ def test_the_fingerprint_is_of_the_weights():
     assert checkpoint.fingerprint(a) == checkpoint.fingerprint(b) and len(checkpoint.fingerprint(a)) == 8
     next(b.parameters()).data[0] += 1
     assert checkpoint.fingerprint(a) != checkpoint.fingerprint(b)
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    with pytest.raises(UserError, match='needs a C.. compiler .* --compile=False'):
+        checkpoint.compile_in_place([torch.nn.Linear(1, 1)], torch.device('cpu'))
+    checkpoint.compile_in_place([torch.nn.Linear(1, 1)], torch.device('cuda'))  # a GPU has its own

@@ -664,7 +664,7 @@ def millions(*modules):
 def test_sizes_of_the_paper():
     """Appendix C: about 50M each, 132M, 66M, and 38M for a linear head."""
     m = on_meta(read('lm1b_ldlm'), 50257)
-    assert set(train.backbones(m)) == {m.encoder[0], m.decoder[0], m.token_decoder[0], m.dit}
+    assert set(checkpoint.backbones(m)) == {m.encoder[0], m.decoder[0], m.token_decoder[0], m.dit}
     assert (millions(m.encoder), millions(m.decoder), millions(m.z_in, m.dit, m.z_out)) == (50.3, 50.3, 131.2)
     assert (millions(m.token_decoder, m.head), millions(m.head)) == (67.0, 38.6)
     assert millions(on_meta(read('owt_ldlm'), 50257).encoder) == 51.0

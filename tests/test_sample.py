@@ -2,6 +2,7 @@ import io
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def fails(script, monkeypatch, capsys, *argv):
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', METHODS)
+def test_compiled_networks_sample_the_same(name, monkeypatch):
+    make(name, 'out/m')
+    compile, networks = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: networks.append(self) or compile(self, backend='eager'))
+    (method, config), (compiled, _) = (sample.open_model(SimpleNamespace(out_dir='out/m', init_from='', compile=c), torch.device('cpu')) for c in (False, True))
+    assert networks and set(networks) == set(checkpoint.backbones(compiled))
+    assert torch.equal(generate(method, 3, 3, 2, 0), generate(compiled, 3, 3, 2, 0))
+
 
 @pytest.mark.parametrize('name', METHODS)
 def test_samples_are_a_function_of_the_seed(name):

@@ -247,7 +247,10 @@ def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
     sawtooth.main(['out/m', 'out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1,2', '--save=out/fig'])
     assert table(capsys)['MDLM'][2:] == ['1']  # one run, named twice
     train.main(['--method=mdlm', '--out_dir=out/m', '--init_from=scratch', '--seed=1', *tiny])  # other weights: what was kept is not theirs
-    sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))
+    sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig', '--compile'])
+    assert [type(network).__name__ for network in compiled] == ['DiT']
     assert 'Di-LADD seq' in capsys.readouterr().out
     kept = [json.loads(line) for line in open('out/m/sawtooth.jsonl')]
     assert len(kept) == 5 + 4

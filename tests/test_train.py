@@ -450,7 +450,8 @@ for name, args in {ONE_AND_TWO!r}.items():
 def test_one_graph_holds_what_processes_tell_each_other():
     """What a GPU compiles, forward pass with codebook and adaptive times, is one graph on two processes, too; and the numbers are the same."""
     r = run_script(FORK + f"""
-train.compile_in_place = lambda method, device: method.compile(fullgraph=True, backend='eager')
+train.backbones = lambda method: [method]
+train.compile_in_place = lambda modules, device: modules[0].compile(fullgraph=True, backend='eager')
 for name in ('di_ladd', 'ldlm'):
     for compiled in (False, True):
         args = [*{TINY!r}, *{ONE_AND_TWO!r}[name], '--max_iters=8', f'--out_dir={{name}}{{compiled}}', '--micro_batch=2', f'--compile={{compiled}}']
