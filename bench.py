@@ -190,6 +190,10 @@ def in_its_own_process(argv, variant):
     return {} if done.returncode else json.loads(done.stdout)
 
 
+def cell(value):
+    return f'{"-":>12}' if value is None else f'{value:12,.0f}' if value >= 1000 else f'{value:12.4g}'
+
+
 def main(argv):
     config = configure(defaults, argv)
     c = SimpleNamespace(**config)
@@ -223,10 +227,10 @@ def main(argv):
     for text, key, scale in [('training, tokens/s', 'tokens_per_s', 1), ('training, MFU in %', 'tokens_per_s', 100 * flops / L / peak),
                              ('peak memory in GB: forward, backward', 'gradient_memory', 1e-9), ('                   and AdamW, EMA', 'memory', 1e-9),
                              *((text, key, 1) for key, text in sampling.items())]:
-        values = [result.get(key) for result in results.values()]
-        there = [v for v in values if v]
+        values = [scale * result[key] if key in result else None for result in results.values()]
+        there = [v for v in values if v is not None]
         if there:
-            print(f'{text:44}' + ''.join(f'{v * scale:12,.4g}' if v else f'{"-":>12}' for v in values) + f'{there[0] / there[-1]:9.3g}x' * (len(there) > 1))
+            print(f'{text:44}' + ''.join(map(cell, values)) + f'{there[0] / there[-1]:9.3g}x' * (len(there) > 1))
 
 
 if __name__ == '__main__':
