@@ -166,7 +166,8 @@ class HeadCrossEntropy(torch.autograd.Function):
                 log_p = d_logits.float().log_softmax(dim=-1)
                 log_p_target = log_p.gather(1, t)
                 loss -= (w * log_p_target).sum()
-                d_logits.copy_(log_p.exp_().scatter_(1, t, log_p_target.expm1()))  # p, and p - 1 at the target
+                d_logits.copy_(log_p.exp_())
+                d_logits.scatter_(1, t, log_p_target.expm1().to(d_logits.dtype))  # p, and p - 1 at the target
             dh[chunk] = weight * (logits @ W)  # the weights go where numbers are few
             dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
             db += weights[chunk].to(logits.dtype) @ logits

@@ -1,10 +1,13 @@
 """The vocabulary head on masked rows only is the full computation: same loss, same gradients, never (B, L, V) logits, nothing recompiled."""
 import copy
+import re
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
@@ -190,6 +193,23 @@ def test_one_graph_when_the_logits_come_in_chunks(monkeypatch):
 def test_one_more_graph_for_another_stage():
     m = make('ladd', num_latents=2, latent_dim=4, latent='discrete', latent_schedule='linear', codebook_size=5, stage1_iters=4, vq_start=2)
     assert compiled_steps(m, 7) == [1, 1, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++'))), reason='needs a C++ compiler')
+def test_compiled_logits_are_never_in_fp32(monkeypatch):
+    """Softmax, loss and gradient are fused: what is written of a chunk of logits are its bf16 numbers and those of its gradient."""
+    R, size = 96, 32
+    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: size)
+    head, h = torch.nn.Linear(16, 4000), torch.randn(R, 16, requires_grad=True)
+
+    def loss(h):
+        with torch.autocast('cpu', torch.bfloat16):
+            return model.head_cross_entropy(head, h, torch.arange(R), torch.ones(R))
+    torch._dynamo.reset()
+    result, code = run_and_get_code(torch.compile(loss, fullgraph=True), h)
+    torch.testing.assert_close(result, loss(h), rtol=1e-3, atol=0)
+    buffers = re.findall(rf'empty_strided_cpu\(\({size}, 4000\), \(4000, 1\), torch\.(\w+)\)', ''.join(code))
+    assert buffers and set(buffers) == {'bfloat16'}
 
 
 def test_the_reference_of_the_benchmark_is_the_same_function():
