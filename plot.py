@@ -20,6 +20,7 @@ import matplotlib
 matplotlib.use('Agg')  # files, no windows
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from configurator import UserError, configure, run
 
@@ -46,6 +47,14 @@ def save(figure, path):
     except (OSError, ValueError) as e:  # ValueError: no format of that name
         raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or e})') from e
     plt.close(figure)
+
+
+def log_scale(axis):
+    """With plain numbers at 1, 2 and 5 of each decade."""
+    axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(NullFormatter())
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -108,8 +117,11 @@ def curves(results):
         key = (re.sub(r'_seed\d+$', '', r['model']), *(r.get(k) for k in SETTINGS[1:]))
         groups.setdefault(key, {}).setdefault((r['model'], r.get('seed')), {})[r['gflops']] = r
 
-    def differs(i):  # a label says what tells a curve from the others; that a method has no such setting does not need saying
-        return len({key[i] for key in groups} - {None}) > 1 or len({(key[0], key[i]) for key in groups}) > len({key[0] for key in groups})
+    def differs(i):  # a label says what tells a curve from the others
+        if len({(key[0], key[i]) for key in groups}) > len({key[0] for key in groups}):
+            return True  # from others of the same run
+        values = {key[i] for key in groups} - {None}  # that a method has no such setting does not need saying,
+        return len(values) > 1 and SETTINGS[i] != 'step' and not values <= {'ancestral', 'euler_maruyama'}  # nor a run's length, a method's first sampler
     shown = [i for i in range(len(SETTINGS)) if i == 0 or differs(i)]
     by_label = {}
     for key, runs in groups.items():
@@ -189,8 +201,10 @@ def frontier(results, path, out, paper=None, budgets=None, seconds='seconds_per_
                                          (bottom, 'entropy_position', '.:', 'per position' if i == 0 else None)):
                 y, spread = zip(*(over_runs(runs, 'gflops', g, key) for g in measured_at))
                 ax.errorbar(cost, y, None if len(runs) == 1 else spread, fmt=style, capsize=2, color=f'C{i}', label=name)
-        top.set(xscale='log', yscale='log', ylabel='Gen PPL' if column == 0 else None)
-        bottom.set(xscale='log', xlabel=unit, ylabel='entropy (nats)' if column == 0 else None)
+        top.set(ylabel='Gen PPL' if column == 0 else None)
+        bottom.set(xlabel=unit, ylabel='entropy (nats)' if column == 0 else None)
+        for axis in (top.xaxis, top.yaxis, bottom.xaxis):
+            log_scale(axis)
     if paper:  # in grey, by GFLOPs only: its seconds are another machine's, and its teacher may be another than ours
         print(f'the paper, tables {paper["tables"]}: {paper["source"]}', *([paper['also']] if paper['also'] else []), sep='\n', file=out)
         for key in ('gen_ppl', 'entropy'):
@@ -215,7 +229,8 @@ def smoothness(folders, path, out):
             raise UserError(f'{folder} holds no smoothness yet: python eval.py --out_dir={folder} --metrics=smoothness')
         ax.plot(found[-1]['points'], found[-1]['gen_ppl_path'], marker='.', label=folder)
         print(f'{folder}: {found[-1]["smoothness"]:.3f}', file=out)
-    ax.set(xlabel='weight of the second latent', ylabel='Gen PPL', yscale='log')
+    ax.set(xlabel='weight of the second latent', ylabel='Gen PPL')
+    log_scale(ax.yaxis)
     ax.legend()
     save(figure, path)
 

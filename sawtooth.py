@@ -240,7 +240,7 @@ def print_tables(records):
 
 def figure(records, path):
     """LADD figure 2: SWD against token steps. Lines: trained, mean over seeds; dashes: perfect networks; grey: the floor."""
-    from plot import plt, save
+    from plot import log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3', 'Co-LADD seq': 'C4',
               'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2', 'exact joint ahead': 'C7'}
     chart = plt.figure(figsize=(7, 4.2))
@@ -250,7 +250,7 @@ def figure(records, path):
     plt.axhline(np.mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
     plt.gca().xaxis.set_major_formatter('{x:.0f}')
-    plt.yscale('log')
+    log_scale(plt.gca().yaxis)
     plt.xlabel('token steps')
     plt.ylabel('sliced Wasserstein distance')
     plt.legend(fontsize=7, ncol=2)
