@@ -12,6 +12,7 @@ import importlib
 import operator
 import os
 import sys
+import time
 
 METHODS = {'mdlm': 'MDLM', 'ladd': 'LADD', 'ar': 'AR', 'ldlm': 'LDLM'}  # the file is the name in small letters
 
@@ -191,8 +192,9 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as e:
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # under torchrun one process of each node says so: what is missing may be so on one of them only
-            print('error:', ' '.join(str(e).split()), file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0') != '0':
+            time.sleep(3)  # under torchrun the first process of each node says it for all, and its exit ends us here; unless it has nothing to say
+        print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -130,6 +130,9 @@ def test_how_a_script_ends(tmp_path):
         return r.returncode, r.stderr
     assert end('user') == (2, 'error: no such thing\n')
     assert end('user', RANK='8', LOCAL_RANK='0') == (2, 'error: no such thing\n')  # what is missing may be so on the second node only
-    assert end('user', RANK='1', LOCAL_RANK='1') == (2, '')
+    other = subprocess.Popen([sys.executable, script, 'user'], stderr=subprocess.PIPE, text=True, env={'PYTHONPATH': root, 'RANK': '1', 'LOCAL_RANK': '1'})
+    with pytest.raises(subprocess.TimeoutExpired):  # it leaves the line to the other, and time to say it
+        other.communicate(timeout=1)
+    assert other.communicate() == (None, 'error: no such thing\n') and other.returncode == 2  # but for a mistake of its own
     assert end('stop') == (130, '')
     assert end('pipe', '| head -n 1') == (0, '')
