@@ -1,4 +1,4 @@
-"""README.md holds what it says: every command runs (long ones cut short), every quoted line is in its file, every path and config exists.
+"""README.md holds what it says: every command runs (long ones cut short), every quoted line is in its file, every path (of RESULTS.md, too) and config exists.
 
 The commands run in the order of the README, in a copy of the tree, since most need what an earlier one has made: in one process, by
 this file as a script, except for torchrun. What shortens them is below, and a command for which nothing is said here fails.
@@ -20,8 +20,12 @@ import time
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as readme:
-    README = readme.read()
+def read(name):
+    with open(os.path.join(ROOT, name), encoding='utf-8') as f:
+        return f.read()
+
+
+README, RESULTS = read('README.md'), read('RESULTS.md')
 
 COMMAND = re.compile(r'^ {4,}((?:python|torchrun) .*)$', re.MULTILINE)
 BLOCKS = re.findall(r'^```python\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
@@ -201,16 +205,17 @@ def test_every_command_runs(tmp_path):
     skipped = [line for line in COMMAND.findall(README) if any(line.startswith(start) for start in SKIPPED)]
     assert len(results) + len(skipped) == len(COMMAND.findall(README)) and len(skipped) == len(SKIPPED)
 
-    # paths that the README names: there from the beginning, or made by its commands
-    shutil.copy(os.path.join(ROOT, 'README.md'), copy)
+    # paths that README and RESULTS name: there from the beginning, or made by its commands
+    for name in ('README.md', 'RESULTS.md'):
+        shutil.copy(os.path.join(ROOT, name), copy)
     for path in mentioned_paths():
-        assert any(glob.glob(path, root_dir=folder) for folder in (ROOT, copy)), f'README.md mentions {path}, which is not there'
+        assert any(glob.glob(path, root_dir=folder) for folder in (ROOT, copy)), f'{path} is mentioned, and not there'
 
 
 def mentioned_paths():
-    """Everything that looks like a relative path, except for names that stand for others (NAME, OTHER ...) and seeds that one may add."""
-    words = re.findall(r'(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|md|png|jsonl|json|txt)\b|(?<![\w./-])(?:data|config|assets|tests|out)/[\w./*-]*', README)
-    return sorted({w.rstrip('.') for w in words if not re.search('[A-Z]{4}|_seed1', w) or w == 'README.md'})
+    """Everything that looks like a relative path in README and RESULTS, except for names that stand for others (NAME, OTHER ...) and seeds that one may add."""
+    words = re.findall(r'(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|md|png|jsonl|json|txt)\b|(?<![\w./-])(?:data|config|assets|tests|out)/[\w./*-]*', README + RESULTS)
+    return sorted({w.rstrip('.') for w in words if not re.search('[A-Z]{4}|_seed1', w) or w in ('README.md', 'RESULTS.md')})
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -242,14 +247,14 @@ def test_the_example_is_short():
 
 
 def test_keys_exist():
-    """--key anywhere in the README is a key of some script."""
+    """--key anywhere in README or RESULTS is a key of some script."""
     sys.path.insert(0, ROOT)
     from configurator import METHODS, method_fields
     modules = [importlib.import_module(name) for name in ('train', 'sample', 'eval', 'bench', 'frontier', 'sawtooth')]
     known = {key for module in modules for key in module.defaults} | {key for name in METHODS for key in method_fields(name)}
     prepare = {'input', 'tokenizer', 'name', 'split', 'set'}
     torchrun = {'standalone', 'nnodes', 'nproc_per_node', 'max-restarts', 'rdzv_backend', 'rdzv_endpoint'}
-    assert set(re.findall(r'--([a-z][\w-]*)', README)) - known - prepare - torchrun == {'key', 'slow', 'help'}
+    assert set(re.findall(r'--([a-z][\w-]*)', README + RESULTS)) - known - prepare - torchrun == {'key', 'slow', 'help'}
 
 
 def test_what_a_fresh_install_looks_for():
