@@ -96,8 +96,8 @@ def read_file(path):
         with open(path, encoding='utf-8') as f:
             tree = ast.parse(f.read())
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the name
-        known = ', '.join(sorted(glob.glob('config/*.py'))) or 'none in config/'
-        raise UserError(f'cannot read the config file {path} ({getattr(e, "strerror", None) or "not text"}); there are: {known}')
+        hint = nearest(path, glob.glob('config/*.py') or ['nothing in config/'])
+        raise UserError(f'cannot read the config file {path} ({getattr(e, "strerror", None) or "not text"}); {hint}')
     except (SyntaxError, RecursionError, MemoryError) as e:
         raise UserError(f'{path}, line {getattr(e, "lineno", 1)}: not Python')
     pairs = []

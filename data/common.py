@@ -204,7 +204,7 @@ def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
             os.rmdir(folder)
         signal.signal(signal.SIGTERM, old_handler)
     for split in bins:
-        print(f'{bins[split]}: {counts[split][1]:,} tokens of {tok.vocab_size:,} kinds, {counts[split][0]:,} documents')
+        print(f'{bins[split]}: {counts[split][1]:,} tokens of {tok.vocab_size:,} kinds, {counts[split][0]:,} document{"s" * (counts[split][0] != 1)}')
 
 def move_tail(train, val, lengths, tail, itemsize):
     """Move the end of the file `train` to the file `val`; returns {split: (documents, tokens)}."""
