@@ -3,7 +3,7 @@ MDLM on sawtooth, tuned for two CPU cores (four minutes).
 
 Departs from the official settings (sawtooth_mdlm_paper.py) so that it learns within minutes: a narrow network, because attention over
 128 positions with many heads is what a CPU does worst; many small steps instead of few large ones; a rate ten times higher that falls
-to zero. Two layers reach the same likelihood, but only depth brings sampling in few steps near the exact denoiser's: see the README.
+to zero. Two layers reach the same likelihood, but only depth brings sampling in few steps near the exact denoiser's: see RESULTS.md.
 """
 dataset = 'sawtooth'
 method = 'mdlm'
