@@ -25,13 +25,13 @@ from types import MethodType, SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import ar
+from baselines import ar
 import ldlm
 import mdlm
-from checkpoint import backbones, build, compile_in_place, device_name, pick_device
-from configurator import UserError, configure, run
-from data.tokens import open_data
-from noise import Noise
+from lib.checkpoint import backbones, build, compile_in_place, device_name, pick_device
+from lib.configurator import UserError, configure, run
+from lib.tokens import open_data
+from lib.noise import Noise
 from train import check, defaults
 
 defaults = dict(

@@ -48,11 +48,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import append, device_name, fingerprint, is_run, json_line, load_method, pick_device
-from configurator import UserError, nearest, numbers, run
-from data.tokens import load_tokenizer, open_data
-from encoders import hub_model, open_encoder
-from noise import Noise
+from lib.checkpoint import append, device_name, fingerprint, is_run, json_line, load_method, pick_device
+from lib.configurator import UserError, nearest, numbers, run
+from lib.tokens import load_tokenizer, open_data
+from lib.encoders import hub_model, open_encoder
+from lib.noise import Noise
 from sample import generate, open_model, open_tokenizer, read_arguments, sampling_options, shared
 
 TEXT_METRICS = {'val_ppl': ('nll', 'likelihood'), 'reconstruction': ('reconstruct', 'autoencoder'),  # metric: what it takes of a method
@@ -307,7 +307,7 @@ def main(argv):
         except ImportError as e:
             raise UserError('mauve needs `pip install mauve-text`') from e
     if c.plot:
-        import plot
+        from lib import plot
         if not c.out_dir:
             raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
 

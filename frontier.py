@@ -17,9 +17,9 @@ import sys
 from types import SimpleNamespace
 
 import eval
-import plot
-from checkpoint import device_name, fingerprint, pick_device
-from configurator import UserError, configure, numbers, run
+from lib import plot
+from lib.checkpoint import device_name, fingerprint, pick_device
+from lib.configurator import UserError, configure, numbers, run
 from sample import open_model, open_tokenizer, shared, whole_file
 
 measuring = dict(  # as in eval.py

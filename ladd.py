@@ -20,9 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import mdlm
-from checkpoint import fingerprint
-from configurator import UserError
-from encoders import check_tokenizer, open_encoder, pool
+from lib.checkpoint import fingerprint
+from lib.configurator import UserError
+from lib.encoders import check_tokenizer, open_encoder, pool
 from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, time_grid
 from model import DiT
 from quantizer import Quantizer

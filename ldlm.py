@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import fingerprint
-from configurator import UserError
-from encoders import check_tokenizer, open_encoder
+from lib.checkpoint import fingerprint
+from lib.configurator import UserError
+from lib.encoders import check_tokenizer, open_encoder
 from mdlm import one_of, time_grid, wide
 from model import DiT, attend, head_cross_entropy, rope_table, rotate, rows_at_once
 

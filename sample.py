@@ -23,9 +23,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from checkpoint import backbones, compile_in_place, is_run, load_method, pick_device
-from configurator import UserError, configure, run
-from data.tokens import DATA, Char, load_tokenizer, read_meta
+from lib.checkpoint import backbones, compile_in_place, is_run, load_method, pick_device
+from lib.configurator import UserError, configure, run
+from lib.tokens import DATA, Char, load_tokenizer, read_meta
 
 shared = dict(  # with eval.py
     out_dir='',                # a run of train.py ...
@@ -66,7 +66,7 @@ def open_model(c, device):
     if bool(c.out_dir) == bool(c.init_from):
         raise UserError('name one model: --out_dir=out/NAME (a run of train.py) or --init_from=HUB_ID (published weights)')
     if c.init_from:
-        from hub import load_hub
+        from lib.hub import load_hub
         method, config = load_hub(c.init_from, device)
         config['step'] = None
     else:

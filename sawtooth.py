@@ -16,7 +16,7 @@ import re
 import numpy as np
 import torch
 
-from noise import Noise
+from lib.noise import Noise
 
 L, K, M = 128, 2, 0.01  # tokens, periods, smallest probability
 PERIOD = 1 / K  # shifts that differ by this are the same text distribution
@@ -240,7 +240,7 @@ def print_tables(records):
 
 def figure(records, path):
     """LADD figure 2: SWD against token steps. Lines: trained, mean over seeds; dashes: perfect networks; grey: the floor."""
-    from plot import log_scale, plt, save
+    from lib.plot import log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3', 'Co-LADD seq': 'C4',
               'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2', 'exact joint ahead': 'C7'}
     chart = plt.figure(figsize=(7, 4.2))
@@ -259,7 +259,7 @@ def figure(records, path):
 
 def pictures(panels, path):
     """Samples as images, one text a row, sorted by their most likely shift: coherent texts show diagonal waves. panels: {title: (n, L)}."""
-    from plot import plt, save
+    from lib.plot import plt, save
     exact = Exact()
     chart, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(2.4 * -(-len(panels) // 2), 4.6), squeeze=False)
     for ax in axes.flat:
@@ -280,10 +280,10 @@ defaults = dict(
 
 
 def main(argv):
-    from checkpoint import append, backbones, compile_in_place, fingerprint, load_method, pick_device
-    from configurator import UserError, configure, numbers
+    from lib.checkpoint import append, backbones, compile_in_place, fingerprint, load_method, pick_device
+    from lib.configurator import UserError, configure, numbers
     from mdlm import MDLM
-    from plot import read
+    from lib.plot import read
     c = configure(defaults, [a for a in argv if a.startswith('-')])
     out_dirs, n = [a for a in argv if not a.startswith('-') and not a.endswith('.png')], c['num_samples']  # out/sawtooth_* finds our pictures, too
     if not out_dirs or n < 1:
@@ -340,5 +340,5 @@ def main(argv):
 if __name__ == '__main__':
     import sys
 
-    from configurator import run
+    from lib.configurator import run
     run(main)

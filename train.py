@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import (FORMAT, append, backbones, begin_with, build, check_fits, compile_in_place, cut_log, device_name, is_run, load, pick_device,
+from lib.checkpoint import (FORMAT, append, backbones, begin_with, build, check_fits, compile_in_place, cut_log, device_name, is_run, load, pick_device,
                         save)
-from configurator import UserError, configure, run
-from data.tokens import WithLatents, open_data
-from noise import Noise
+from lib.configurator import UserError, configure, run
+from lib.tokens import WithLatents, open_data
+from lib.noise import Noise
 
 defaults = dict(
     out_dir='out/run',         # a config file NAME.py makes it out/NAME
@@ -206,7 +206,7 @@ def main(argv):
         if checkpoint:
             theirs = checkpoint['config']
         elif c.method == 'mdlm':
-            from hub import load_hub
+            from lib.hub import load_hub
             network, theirs = load_hub(c.init_from, 'cpu')
         else:
             raise UserError(f'{c.init_from} holds no run of ours, and published weights are of mdlm, not of {c.method}')

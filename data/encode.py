@@ -18,10 +18,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, pick_device
-from configurator import UserError, configure, run
-from data.common import all_or_none
-from data.tokens import Tokens, latents_of
+from lib.checkpoint import build, pick_device
+from lib.configurator import UserError, configure, run
+from lib.prepare import all_or_none
+from lib.tokens import Tokens, latents_of
 from train import check, defaults
 
 def main(argv):

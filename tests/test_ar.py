@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-import checkpoint
-from ar import AR, Config
+from lib import checkpoint
+from baselines.ar import AR, Config
 from mdlm import draw_tokens
-from noise import Noise
+from lib.noise import Noise
 
 
 def make(vocab_size=5, block_size=8, seed=0, dropout=0.0):

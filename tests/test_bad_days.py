@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import configurator
-import data.common as common
+from lib import checkpoint
+from lib import configurator
+from lib import prepare as common
 import sample
 import test_train
 import train
-from configurator import UserError, configure
-from data.tokens import Tokens, WithLatents, latents_of, load_tokenizer
-from hub import load_hub
+from lib.configurator import UserError, configure
+from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer
+from lib.hub import load_hub
 from sample import read_prompt
 from test_sample import CHARS, make
 from test_train import go, log, losses, open_toy, raise_at, same, weights

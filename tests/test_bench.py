@@ -9,8 +9,8 @@ import torch
 
 import bench
 import mdlm
-from checkpoint import build
-from configurator import UserError
+from lib.checkpoint import build
+from lib.configurator import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--batch_size=4', '--iters=2', '--device=cpu', '--steps=4']

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import configurator
+from lib import checkpoint
+from lib import configurator
 import mdlm
-from configurator import UserError
+from lib.configurator import UserError
 from test_bad_days import disk_full
 
 CONFIG = dict(method='mdlm', vocab_size=3, block_size=8, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', learning_rate=1e-3)

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import encoders
+from lib import encoders
 import ladd
 import train
-from checkpoint import build, load_method, save
-from configurator import configure
-from data import common, tokens
+from lib.checkpoint import build, load_method, save
+from lib.configurator import configure
+from lib import prepare as common, tokens
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'config', '*.py')))

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import configurator
-from configurator import UserError, configure
+from lib import configurator
+from lib.configurator import UserError, configure
 
 DEFAULTS = dict(out_dir='out', method='a', rate=3e-4, steps=100, quiet=False, name='x')
 FIELDS = {'a': {'hidden': 8}, 'b': {'latents': 4, 'steps': 7}}

@@ -7,10 +7,10 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import data.common as common
-import data.tokens as tokens_file
+from lib import prepare as common
+from lib import tokens as tokens_file
 import data.lm1b.prepare, data.openwebtext.prepare, data.shakespeare_char.prepare, data.text.prepare, data.zeroshot.prepare
-from configurator import UserError
+from lib.configurator import UserError
 from test_bad_days import disk_full
 
 ODD = 'naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u202eabc\u202c \x00 [MASK] <|endoftext|> 中文\ufeff\uffff\n'

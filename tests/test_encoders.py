@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data.common as common
+from lib import prepare as common
 import data.encode
-import data.tokens as tokens_file
-import encoders
+from lib import tokens as tokens_file
+from lib import encoders
 import eval
 import ladd
 import train
-from checkpoint import build, fingerprint, load_method, save
-from configurator import UserError
-from data.tokens import Tokens, WithLatents
-from encoders import check_tokenizer, open_encoder, pool
+from lib.checkpoint import build, fingerprint, load_method, save
+from lib.configurator import UserError
+from lib.tokens import Tokens, WithLatents
+from lib.encoders import check_tokenizer, open_encoder, pool
 from test_bad_days import disk_full, files
 from test_ladd import spy
 from test_mdlm import generator, scrambled, whole

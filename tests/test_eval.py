@@ -10,15 +10,15 @@ import types
 import pytest
 import torch
 
-import checkpoint
+from lib import checkpoint
 import eval
 import frontier
 import mdlm
-import plot
+from lib import plot
 import sample
-from configurator import UserError
-from data import common
-from data.tokens import Char
+from lib.configurator import UserError
+from lib import prepare as common
+from lib.tokens import Char
 from sawtooth import Exact, Sawtooth
 from test_sample import CHARS, L, TINY, fails, make, there  # noqa: F401
 

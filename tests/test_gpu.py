@@ -9,8 +9,8 @@ import contextlib
 import pytest
 import torch
 
-import checkpoint
-from noise import Noise
+from lib import checkpoint
+from lib.noise import Noise
 from test_head import B, L, V
 
 BASE = dict(vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8)

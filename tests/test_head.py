@@ -11,10 +11,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import checkpoint
+from lib import checkpoint
 import model
 from mdlm import alpha, elbo_weight, masked_rows
-from noise import Noise
+from lib.noise import Noise
 
 V, B, L = 50, 8, 16
 

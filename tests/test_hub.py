@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hub
+from lib import hub
 import train
-from checkpoint import load_method
-from configurator import UserError
-from data import common, tokens
-from hub import load_hub
+from lib.checkpoint import load_method
+from lib.configurator import UserError
+from lib import prepare as common, tokens
+from lib.hub import load_hub
 
 V, D, LAYERS, HEADS, COND, L = 11, 24, 3, 3, 10, 9  # V counts [mask]
 CONFIG = dict(model_type='mdlm', vocab_size=V, model_length=L, hidden_dim=D, cond_dim=COND, n_blocks=LAYERS, n_heads=HEADS, dropout=0.1,

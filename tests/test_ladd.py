@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ladd import LADD, Config, Quantizer, abar, code_step, ddim_step, joint, latent_chain
 from mdlm import alpha
-from noise import Noise
+from lib.noise import Noise
 from test_mdlm import close, generator, scrambled, whole
 from test_noise import chi_square
 

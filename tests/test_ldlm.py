@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-import checkpoint
-import configurator
-import encoders
+from lib import checkpoint
+from lib import configurator
+from lib import encoders
 import ldlm
 import test_train
 import train
-from configurator import UserError, configure
+from lib.configurator import UserError, configure
 from ldlm import LDLM, AdaptiveTimes, Config, alpha_sigma, beta, ddim, euler_maruyama, warmup
-from noise import Noise
+from lib.noise import Noise
 from test_ladd import spy
 from test_mdlm import close, generator, scrambled, whole
 from test_noise import chi_square

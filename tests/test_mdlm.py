@@ -10,7 +10,7 @@ import torch
 
 import mdlm
 from mdlm import MDLM, Config, alpha, ancestral, choose, draw_tokens, elbo_weight, first_hitting, masked_rows, time_grid
-from noise import Noise
+from lib.noise import Noise
 from test_noise import chi_square
 
 SCHEDULES = 'linear', 'polynomial', 'geometric'

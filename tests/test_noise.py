@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from noise import Noise
+from lib.noise import Noise
 
 
 def chi_square(counts, probs):

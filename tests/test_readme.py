@@ -54,8 +54,8 @@ def fewer(argv, key, most):
 
 def shorten_train(argv, script='train', more=2):
     """Arguments of train.py (or of a script with its keys) -> a tiny network, `more` further steps, no download."""
-    import checkpoint
-    from configurator import configure
+    from lib import checkpoint
+    from lib.configurator import configure
     c = configure(importlib.import_module(script).defaults, argv)  # the command as it stands: its keys are known
     path = os.path.join(c['out_dir'], 'ckpt.pt')
     done = checkpoint.load(path)['step'] if os.path.exists(path) else 0
@@ -249,7 +249,7 @@ def test_the_example_is_short():
 def test_keys_exist():
     """--key anywhere in README or RESULTS is a key of some script."""
     sys.path.insert(0, ROOT)
-    from configurator import METHODS, method_fields
+    from lib.configurator import METHODS, method_fields
     modules = [importlib.import_module(name) for name in ('train', 'sample', 'eval', 'bench', 'frontier', 'sawtooth')]
     known = {key for module in modules for key in module.defaults} | {key for name in METHODS for key in method_fields(name)}
     prepare = {'input', 'tokenizer', 'name', 'split', 'set'}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import hub
+from lib import checkpoint
+from lib import hub
 import sample
-from configurator import UserError, run
-from data.tokens import Char
+from lib.configurator import UserError, run
+from lib.tokens import Char
 from sample import generate, read_prompt
 
 L, CHARS = 12, '\n abcdefg'

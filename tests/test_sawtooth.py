@@ -16,7 +16,7 @@ import torch
 
 import sawtooth
 import train
-from configurator import UserError
+from lib.configurator import UserError
 from ladd import code_step, joint
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
 from sawtooth import Exact, Sawtooth, bayes_gap, bias, swd

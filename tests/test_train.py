@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import configurator
+from lib import checkpoint
+from lib import configurator
 import mdlm
 import train
-from configurator import UserError
-from noise import Noise
+from lib.configurator import UserError
+from lib.noise import Noise
 
 
 class Toy:

@@ -8,7 +8,7 @@ Without --input it comes from the hub by `datasets` (pip install datasets). Loca
 """
 import os, re, sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data.common import Arguments, UserError, read_files, read_hub, run, write
+from lib.prepare import Arguments, UserError, read_files, read_hub, run, write
 
 # The benchmark is tokenised text ("the U.S. , he said ."); the papers' perplexities are on text put back together by these rules
 # (SEDD's and MDLM's `lm1b_detokenizer`), in this order.

@@ -9,7 +9,7 @@ An --input of text holds documents separated by two blank lines; .parquet holds 
 """
 import os, sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data.common import Arguments, UserError, read_files, read_hub, run, write
+from lib.prepare import Arguments, UserError, read_files, read_hub, run, write
 
 def main(argv):
     parser = Arguments(__doc__)

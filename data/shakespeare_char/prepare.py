@@ -5,7 +5,7 @@ Tiny Shakespeare (1.1 MB) by characters, as in nanoGPT: 65 ids, 1,003,854 traini
 """
 import http.client, os, sys, urllib.request
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data.common import DATA, Arguments, UserError, all_or_none, read_files, run, write
+from lib.prepare import DATA, Arguments, UserError, all_or_none, read_files, run, write
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 

@@ -8,7 +8,7 @@ Validation is the last --val_fraction of the documents, at least one; of a singl
 """
 import os, sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data.common import Arguments, UserError, read_files, run, write
+from lib.prepare import Arguments, UserError, read_files, run, write
 
 def main(argv):
     parser = Arguments(__doc__)

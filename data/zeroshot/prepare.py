@@ -11,7 +11,7 @@ Two liberties: empty lines of wikitext are dropped, and white space around a doc
 """
 import os, re, sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from data.common import Arguments, UserError, read_files, read_hub, run, write
+from lib.prepare import Arguments, UserError, read_files, read_hub, run, write
 from data.lm1b.prepare import detokenise as lm1b
 
 SETS = {  # repository, configuration, split, column, revision

@@ -12,9 +12,9 @@ import math
 
 import torch
 
-from checkpoint import is_run, load_method
-from configurator import UserError
-from data.tokens import cache_only_if_offline, first_line, load_tokenizer
+from lib.checkpoint import is_run, load_method
+from lib.configurator import UserError
+from lib.tokens import cache_only_if_offline, first_line, load_tokenizer
 
 
 def hub_model(auto, name, device, role):

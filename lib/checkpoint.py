@@ -20,7 +20,7 @@ import zlib
 
 import torch
 
-from configurator import UserError, method_class, method_fields
+from lib.configurator import UserError, method_class, method_fields
 
 FORMAT = 1
 

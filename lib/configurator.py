@@ -31,7 +31,7 @@ def method_class(name):
     """-> the method's class, its Config."""
     if name not in METHODS:
         raise UserError(f'there is no method {name}: {nearest(name, METHODS)}')
-    module = importlib.import_module(name)
+    module = importlib.import_module('baselines.ar' if name == 'ar' else name)
     return getattr(module, METHODS[name]), module.Config
 
 

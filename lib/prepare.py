@@ -9,8 +9,8 @@ import argparse, array, codecs, collections, concurrent.futures, contextlib, has
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, nearest, run
-from data.tokens import DATA, Char, cache_only_if_offline, first_line, load_tokenizer
+from lib.configurator import UserError, nearest, run
+from lib.tokens import DATA, Char, cache_only_if_offline, first_line, load_tokenizer
 
 PIECE = 1 << 20  # characters; a longer document is encoded in pieces
 

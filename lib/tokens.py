@@ -12,10 +12,10 @@ import urllib.error, urllib.request
 import numpy as np
 import torch
 
-from configurator import UserError
-from noise import Noise
+from lib.configurator import UserError
+from lib.noise import Noise
 
-DATA = os.path.dirname(os.path.abspath(__file__))
+DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tokenizers: encode(text) -> ids, decode(ids) -> text, vocab_size, eos_id and bos_id (or None), spec (what meta.json keeps)

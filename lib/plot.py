@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from configurator import UserError, configure, run
+from lib.configurator import UserError, configure, run
 
 
 def read(folder, name):
@@ -86,7 +86,7 @@ TABLES = (('gflops', 'gen_ppl'), ('gflops', 'entropy_sample'), ('gflops', 'entro
           ('steps', 'gen_ppl'), ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),                            # LADD tables 9, 12
           ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
 SECONDS = {'wall': 'seconds_per_sample', 'cpu': 'cpu_seconds_per_sample'}
-PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'paper_ladd.json')
+PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'assets', 'paper_ladd.json')
 
 
 def gen_ppls(name):

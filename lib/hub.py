@@ -11,9 +11,9 @@ import os
 
 import torch
 
-from checkpoint import build
-from configurator import UserError
-from data.tokens import cache_only_if_offline, first_line
+from lib.checkpoint import build
+from lib.configurator import UserError
+from lib.tokens import cache_only_if_offline, first_line
 
 FILES = 'model.safetensors', 'pytorch_model.bin'
 
