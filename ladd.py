@@ -1,37 +1,36 @@
 """
 LADD: masked diffusion with a latent channel (Latent-Augmented Discrete Diffusion Models).
 
-An encoder gives each text x_0 a latent z_0; tokens and latents are noised independently, x_t as in MDLM and z_t by
-    Co-LADD   Gaussian noise:  z_t = abar_t z_0 + sqrt(1 - abar_t^2) eps                                 LADD eq. (20)
-    Di-LADD   masking of codes: z_0 is quantised first, and each code becomes [mask] with probability 1 - alpha_t
-and one MM-DiT sees both and predicts both:  loss = lambda_x * token loss + lambda_z * latent loss      LADD eq. (14)
+An encoder gives each text x_0 a latent z_0. Tokens and latents are noised independently, x_t as in MDLM, z_t by
+    Co-LADD   Gaussian noise:  z_t = abar_t z_0 + sqrt(1 - abar_t^2) eps                        LADD eq. (20)
+    Di-LADD   masking: z_0 is quantised first, and each code becomes [mask] with probability 1 - alpha_t
+and one MM-DiT sees both and predicts both:
+    loss = lambda_x * token loss + lambda_z * latent loss                                       LADD eq. (14)
 
-Two ways to sample: *joint* moves both channels at every step; *sequential* makes the latent first, all tokens still masked, and
-then the tokens given the clean latent. Two stages of training: first encoder, quantizer and token denoiser (lambda_z = 0), so that
-the latent learns to be useful; then encoder and codebook are frozen and everything else learns the full objective.
-A pretrained encoder is frozen from the start: Co-LADD then begins with the second stage, Di-LADD with the first, for its quantizer.
-Read in this order: latent schedules, samplers, encoders, class LADD; the codes of Di-LADD are in quantizer.py.
+Two ways to sample: *joint* moves both channels at every step; *sequential* makes the latent first, while all
+tokens are masked, and then the tokens given the clean latent. Two stages of training: first encoder, quantizer
+and token denoiser (lambda_z = 0), so that the latent learns to be useful; then encoder and codebook are frozen
+and everything else learns the full objective. A pretrained encoder is frozen from the start: Co-LADD then begins
+with the second stage, Di-LADD with the first, for its quantizer.
+Read in this order: latent schedules, samplers, the two channels, class LADD, encoders, quantizer.
 """
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import mdlm
-from lib.checkpoint import fingerprint
-from lib.configurator import UserError
-from lib.encoders import check_tokenizer, open_encoder, pool
-from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, time_grid
+from lib.configurator import Not, key
+from lib.distributed import gathered
+from lib.encoders import pool
+from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, reveal_tokens, time_grid, times_from
 from model import DiT
-from quantizer import Quantizer
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: .0001 <= abar^2 <= .9999
-
-VP_SCHEDULES = ('vp_linear', 'vp_cosine', 'vp_sqrt')
-
 
 def abar(t, schedule='vp_sqrt'):
     """Signal level of z_t; any tensor t in [0, 1] -> the same shape."""
@@ -44,13 +43,13 @@ def abar(t, schedule='vp_sqrt'):
     return ((1 - 2e-4) * square + 1e-4).sqrt()
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions over
-#     denoise(x_t, z_t, t, where) -> token logits (where.sum(), V), latent prediction (z_0 hat (n, M, D), or code logits (n, M, K))
+#     denoise(x_t, z_t, t, where) -> token logits (where.sum(), V), latent prediction
 # and over the latent channel's own move `latent_step(z_t, prediction, t, s) -> z_s`, one of the two that follow
 
 def ddim_step(z_t, z0_hat, t, s, schedule='vp_sqrt'):
-    """DDIM with eta = 0, LADD eq. (40); the step to s = 0 returns the prediction."""
+    """DDIM with eta = 0, LADD eq. (40): z_t and z0_hat (n, M, D); the step to s = 0 returns the prediction."""
     if s == 0:
         return z0_hat
     a_t, a_s = abar(t, schedule), abar(s, schedule)
@@ -59,7 +58,7 @@ def ddim_step(z_t, z0_hat, t, s, schedule='vp_sqrt'):
 
 
 def code_step(z_t, logits, t, s, schedule='linear', generator=None):
-    """A step of masked diffusion over code indices z_t (n, M), the last index K being [mask]; logits (n, M, K)."""
+    """A step of masked diffusion over codes z_t (n, M), of which the last, K, is [mask]; logits (n, M, K)."""
     reveal, _ = choose(z_t, alpha(t, schedule), alpha(s, schedule), logits.shape[-1], generator=generator)
     z_s = z_t.clone()
     if reveal.any():
@@ -67,7 +66,8 @@ def code_step(z_t, logits, t, s, schedule='linear', generator=None):
     return z_s
 
 
-def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, eta=0.0, generator=None, callback=None):
+def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, eta=0.0, generator=None,
+          callback=None):
     """Both channels from t = 1 to 0 in `steps` calls, each seeing (x_t, z_t): LADD eq. (Joint), (65), (66)."""
     given = x != mask_id
     x, times = x.clone(), time_grid(steps, x.device)
@@ -84,51 +84,467 @@ def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, 
 
 
 def latent_chain(predict, z, steps, latent_step):
-    """The latent channel alone, from t = 1 to 0: predict(z_t, t) -> latent prediction. The first half of LADD eq. (Seq.)."""
+    """The latent channel alone, from t = 1 to 0: predict(z_t, t). The first half of LADD eq. (Seq.)."""
     times = time_grid(steps, z.device)
     for t, s in zip(times[:-1], times[1:]):
         z = latent_step(z, predict(z, t), t, s)
     return z
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# the method
+# ------------------------------------------------------------------------------------------------------------
+# keys
 
 @dataclass
 class Config(mdlm.Config):
-    latent: str = 'continuous'  # continuous: Co-LADD | discrete: Di-LADD
-    num_latents: int = 1  # M
-    latent_dim: int = 32  # D
-    latent_schedule: str = 'vp_sqrt'  # vp_linear | vp_cosine | vp_sqrt; of codes: linear | polynomial
-    codebook_size: int = 511  # usable codes (the paper's 512 counts the mask)
-    vq_decay: float = 0.95  # per step; slower for small batches, which touch few codes
-    dead_below: float = 2.0  # a code chosen less often than this per batch starts anew
-    encoder: str = ''  # '': learned | hub id, folder or out/NAME of an AR checkpoint: pretrained and frozen, see encoders.py
-    stored_latents: bool = False  # train on what the frozen encoder said once and data/encode.py stored
-    encoder_layers: int = 2  # of the learned encoder, a DiT of the same width
-    unit_norm: bool = True  # scale each continuous latent to latent_length, LADD eq. (75)
-    latent_length: float = 1.0  # the paper's; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
-    latent_layers: int = 0  # > 0: a latent denoiser of its own for sequential sampling; 0: the MM-DiT with all tokens masked
-    lambda_x: float = 1.0
-    lambda_z: float = 1.0
-    times: str = 'same'  # t_z = t_x | independent
-    p_drop: float = 0.0  # latent dropout per sequence (Co-LADD)
-    encoder_dropout: bool = False  # p_r ~ U[0, .9] per sequence: blank masked positions in the encoder's input
-    p_start: float = 0.0  # share of sequences trained with all tokens masked, where sequential sampling starts (our choice)
-    stage1_iters: int = 0  # steps of stage 1
-    stage1_t_min: float = 0.0  # its token times are U[stage1_t_min, 1] (our choice, like the next two; why: config/sawtooth_di_ladd.py)
-    stage1_clean: bool = False  # its latents are not noised
-    vq_start: int = 0  # step at which k-means starts the codebook; before it the latents pass unquantised, and validation means nothing
+    latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
+    num_latents: int = key(1, at_least=1, meaning=True)  # M
+    latent_dim: int = key(32, at_least=1)  # D
+    latent_schedule: str = key('vp_sqrt', meaning=True)  # vp_linear | vp_cosine | vp_sqrt; codes: linear | polynomial
+    # usable codes (the paper's 512 counts the mask)
+    codebook_size: int = key(511, at_least=1, only={'latent': 'discrete'})
+    # per step; slower for small batches, which touch few codes
+    vq_decay: float = key(0.95, at_least=0, at_most=1, only={'latent': 'discrete', 'stage1_iters': Not([0])})
+    # a code chosen less often than this per batch starts anew
+    dead_below: float = key(2.0, above=0, only={'latent': 'discrete'})
+    # '': learned | pretrained and frozen: a hub id, a folder, or out/NAME of our AR, see lib/encoders.py
+    encoder: str = key('', meaning=True)
+    # train on what the frozen encoder said once and data/encode.py stored
+    stored_latents: bool = key(False, only={'encoder': Not([''])})
+    encoder_layers: int = key(2, at_least=1, only={'encoder': ''})  # a DiT of the same width
+    # scale each latent to latent_length, LADD eq. (75)
+    unit_norm: bool = key(True, only={'latent': 'continuous'}, meaning=True)
+    # the paper's is 1; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
+    latent_length: float = key(1.0, above=0, only={'latent': 'continuous', 'unit_norm': True}, meaning=True)
+    # > 0: sequential sampling has a latent denoiser of its own; 0: the MM-DiT with all tokens masked
+    latent_layers: int = key(0, at_least=0)
+    lambda_x: float = key(1.0, at_least=0)
+    lambda_z: float = key(1.0, at_least=0)
+    times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or not
+    p_drop: float = key(0.0, at_least=0, at_most=1, only={'latent': 'continuous'})  # latent dropout per sequence
+    # p_r ~ U[0, .9] per sequence: blank masked positions in the encoder's input with probability p_r
+    encoder_dropout: bool = False
+    # share of sequences in stage 2 with all tokens masked, where sequential sampling starts (our choice)
+    p_start: float = key(0.0, at_least=0, at_most=1)
+    stage1_iters: int = key(0, at_least=0)  # steps of stage 1
+    # the rest is about stage 1, and our choice (why: config/sawtooth_di_ladd.py): token times are
+    # U[stage1_t_min, 1]; latents are not noised; k-means starts the codebook at step vq_start, before which
+    # latents pass unquantised and validation means nothing
+    stage1_t_min: float = key(0.0, at_least=0, at_most=1, only={'stage1_iters': Not([0])})
+    stage1_clean: bool = key(False, only={'stage1_iters': Not([0])})
+    vq_start: int = key(0, at_least=0, only={'latent': 'discrete', 'stage1_iters': Not([0])})
 
+
+# ------------------------------------------------------------------------------------------------------------
+# the latent channel: what it is that diffuses beside the tokens. z is its state, vectors or codes, in [0, 1] of
+# noise; the network sees vectors (b, M, D) of it, and predicts (b, M, outputs) from them
+
+class Noised(NamedTuple):
+    """A training batch of latents after noising."""
+    z_t: torch.Tensor     # (b, M, D), what the network sees
+    target: torch.Tensor  # what it is to predict: z_0 (b, M, D), or codes (b, M)
+    scored: torch.Tensor  # where that counts: (b,), or (b, M)
+    vq_loss: torch.Tensor | float = 0.0  # of stage 1
+    logs: dict = {}
+
+
+class Vectors(nn.Module):
+    """Co-LADD: Gaussian diffusion of z (b, M, D)."""
+    name, likelihood, schedules = 'Co-LADD', 'token channel', ('vp_linear', 'vp_cosine', 'vp_sqrt')
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def outputs(config):
+        return config.latent_dim
+
+    def normalised(self, e):
+        """The encoder's output (b, M, D) -> of one length each, LADD eq. (75), unless unit_norm is off."""
+        return self.config.latent_length * F.normalize(e, dim=-1) if self.config.unit_norm else e
+
+    def state(self, e):
+        return e
+
+    def seen(self, z):
+        return z
+
+    def time(self, t):
+        """What the network is told of the noise: Gaussian latents need their time."""
+        return t
+
+    def corrupt(self, z_0, t, noise):
+        """q(z_t | z_0), LADD eq. (20); t (b,)."""
+        a = abar(t, self.config.latent_schedule)[:, None, None]
+        return a * z_0 + (1 - a**2).sqrt() * noise.normal('eps', *z_0.shape[1:])
+
+    def noised(self, e, t, noise, learning):
+        """Some sequences lose their latent, as in the official code: z_0 = z_t = 0 and no latent loss.
+
+        The paper noises the zeros and keeps the loss.
+        """
+        kept = noise.uniform('drop') >= self.config.p_drop
+        z_t = self.corrupt(e, t, noise)
+        return Noised(z_t.masked_fill(~kept[:, None, None], 0), e, kept)
+
+    def loss(self, prediction, noised, t):
+        """Squared error of z0_hat, LADD eq. (13)."""
+        return ((prediction - noised.target).square().mean(dim=(1, 2)) * noised.scored).mean()
+
+    def prior(self, n, device, generator=None):
+        c = self.config
+        return torch.randn(n, c.num_latents, c.latent_dim, device=device, generator=generator)
+
+    def step(self, z_t, prediction, t, s, generator=None):
+        return ddim_step(z_t, prediction, t, s, self.config.latent_schedule)
+
+    def begin_step(self, step, stage, encoded_rows, noise):
+        pass
+
+    def end_step(self, finite, noise):
+        pass
+
+
+class Codes(nn.Module):
+    """Di-LADD: masked diffusion of codes z (b, M), where K = codebook_size stands for [mask]."""
+    # not geometric: alpha_0 < 1 would owe the channel a reconstruction term
+    name, likelihood, schedules = 'Di-LADD', 'bound', ('linear', 'polynomial')
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
+        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # learnable, of a code's length
+        self.quantising = True  # begin_step sets it while training
+
+    @staticmethod
+    def outputs(config):
+        return config.codebook_size
+
+    def normalised(self, e):
+        return F.normalize(e, dim=-1)
+
+    def state(self, e):
+        return self.quantizer.nearest(e)
+
+    def seen(self, z):
+        """Codes (b, M) -> the codebook's vectors and the mask's, (b, M, D)."""
+        return torch.cat((self.quantizer.codebook, self.z_mask[None]))[z]
+
+    def time(self, t):
+        """[mask]s show how noisy the codes are."""
+        return None
+
+    def corrupt(self, z_0, t, noise):
+        mask = noise.uniform('z_mask', z_0.shape[1]) < 1 - alpha(t, self.config.latent_schedule)[:, None]
+        return z_0.masked_fill(mask, self.config.codebook_size)
+
+    def noised(self, e, t, noise, learning):
+        """learning: the codebook takes note of the vectors, to move at the end of the step."""
+        if not self.quantising:
+            return Noised(e, e, torch.ones_like(t))
+        z_0, codes, vq_loss = self.quantizer(e, learning)  # z_0: code vectors with the straight-through gradient
+        masked = self.corrupt(codes, t, noise) == self.config.codebook_size
+        logs = {'code_perplexity': self.quantizer.perplexity(), 'code_usage': self.quantizer.usage()}
+        return Noised(torch.where(masked[..., None], self.z_mask, z_0), codes, masked, vq_loss, logs)
+
+    def loss(self, prediction, noised, t):
+        """Cross-entropy of the masked codes, weighted as that of the tokens is."""
+        c = self.config
+        weight = elbo_weight(t.clamp(min=1e-4), c.latent_schedule) if c.weighting == 'elbo' else torch.ones_like(t)
+        return (self.nats(prediction, noised.target) * noised.scored * weight[:, None]).mean()
+
+    def nats(self, prediction, codes):
+        """-log p(code), (b, M)."""
+        nats = F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten(), reduction='none')
+        return nats.view(codes.shape)
+
+    def bound(self, prediction, z_0, z_t, t):
+        """The codes' part of the negative ELBO at one time, nats (b,)."""
+        nats = self.nats(prediction, z_0) * (z_t == self.config.codebook_size)
+        return elbo_weight(t, self.config.latent_schedule) * nats.sum(dim=1)
+
+    def prior(self, n, device, generator=None):
+        return torch.full((n, self.config.num_latents), self.config.codebook_size, device=device)
+
+    def step(self, z_t, prediction, t, s, generator=None):
+        return code_step(z_t, prediction, t, s, self.config.latent_schedule, generator)
+
+    def begin_step(self, step, stage, encoded_rows, noise):
+        """k-means starts the codebook when its time has come. encoded_rows(n) -> latents of n texts, (n, M, D)."""
+        c = self.config
+        self.quantising = step >= c.vq_start
+        if stage == 1 and step == c.vq_start:
+            e = encoded_rows(max(1, 16 * c.codebook_size // c.num_latents))  # 16 vectors for every code
+            self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
+            return 'k-means has made the codebook; latents are quantised from here on'
+
+    def end_step(self, finite, noise):
+        self.quantizer.learn(finite, noise)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the method
+
+class LADD(mdlm.MDLM):
+    Config = Config
+    strategies = {'joint': {}, 'seq': {'latent_steps': key(8, at_least=1)}}
+    wants_summary = True
+
+    def __init__(self, config):
+        c = config
+        super().__init__(c, c.num_latents)
+        Channel = {'continuous': Vectors, 'discrete': Codes}[c.latent]
+        refuse(c, Channel)
+        self.stage = 2  # begin_step sets it while training
+        self.encoder = FrozenEncoder(c) if c.encoder else Encoder(c)
+        self.z_in = nn.Linear(c.latent_dim, c.hidden)
+        self.z_head = nn.Linear(c.hidden, Channel.outputs(c))
+        self.channel = Channel(c)
+        if c.latent_layers:
+            self.latent_in = nn.Linear(c.latent_dim, c.hidden)
+            # for M = 1 attention is a linear map, and this DiT is the paper's "small MLP" with AdaLN
+            self.latent_dit = DiT(c.hidden, c.latent_layers, c.num_heads, c.cond_dim, c.num_latents, dropout=c.dropout)
+            self.latent_head = nn.Linear(c.hidden, Channel.outputs(c))
+
+    # --- what the scripts ask ---
+
+    @property
+    def name(self):
+        return self.channel.name
+
+    @property
+    def likelihood(self):
+        return self.channel.likelihood
+
+    @property
+    def encoder_name(self):
+        return self.config.encoder
+
+    @property
+    def stored_latents(self):
+        c = self.config
+        return {'num_latents': c.num_latents, 'latent_dim': c.latent_dim} if c.stored_latents else {}
+
+    @property
+    def untrained_part(self):
+        c = self.config
+        if c.stage1_iters or c.encoder and c.latent == 'continuous':
+            return ''
+        return 'stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, or bring them along, ' \
+               '--init_from=out/OTHER'
+
+    def attach(self, encoder):
+        self.encoder.attach(encoder)
+
+    # --- the denoisers ---
+
+    def encode(self, x, blank=None, stored=None):
+        """x (b, L) -> latents before any quantizer, (b, M, D) fp32. stored: what the frozen encoder once said of x."""
+        return self.channel.normalised(self.encoder(x, blank).float() if stored is None else stored)
+
+    def hidden_states(self, x_t, z_t, t_z):
+        """Tokens (b, L), vectors z_t (b, M, D), t_z (b,) -> (b, L, d), (b, M, d).
+
+        Only the latents' own stream is told t_z: our choice, the official code tells both.
+        """
+        return self.dit(self.embed(x_t), self.z_in(z_t), t=[None, self.channel.time(t_z)])
+
+    def predict_latent(self, z_t, t_z, x_t):
+        """The first half of the sequential strategy: from vectors z_t alone, since x_t is all [mask]."""
+        if not self.config.latent_layers:
+            return self.z_head(self.hidden_states(x_t, z_t, t_z)[1])
+        return self.latent_head(self.latent_dit(self.latent_in(z_t), t=[self.channel.time(t_z)]))
+
+    # --- training ---
+
+    @torch.no_grad()
+    def begin_step(self, step, noise, draw_rows):
+        """Sets the stage."""
+        c = self.config
+        self.stage = 1 if step < c.stage1_iters else 2
+        self.encoder.train(self.stage == 1)
+
+        def encoded_rows(n):
+            self.encoder.eval()
+            parts = zip(*(part.split(256) for part in draw_rows(n)))
+            e = torch.cat([self.encode(x, None, *z_0) for x, *z_0 in parts])
+            self.encoder.train()
+            return e
+        news = self.channel.begin_step(step, self.stage, encoded_rows, noise)
+        if 0 < step == c.stage1_iters:
+            news = 'stage 2 begins: encoder and codebook, if any, are frozen, and the latent loss joins'
+        return news
+
+    def end_step(self, finite, noise):
+        self.channel.end_step(finite, noise)
+
+    def draw_times(self, noise):
+        """t_x, t_z (b,) of a training batch."""
+        c, stage1 = self.config, self.stage == 1
+        t_x = noise.times('t_x', shuffled=False)
+        if stage1:
+            t_x = times_from(c.stage1_t_min, t_x)
+        elif c.p_start:
+            t_x = torch.where(noise.uniform('start') < c.p_start, 1.0, t_x)
+        t_x = times_from(1e-4, t_x)
+        if stage1 and c.stage1_clean:
+            return t_x, torch.zeros_like(t_x)
+        return t_x, noise.times('t_z') if c.times == 'independent' else t_x
+
+    def forward(self, x, noise, z_0=None):
+        """Training loss of x (b, L) int64, LADD eq. (14), and logs. z_0: stored latents (b, M, D), instead of encoding x."""
+        c, stage1 = self.config, self.stage == 1
+        t_x, t_z = self.draw_times(noise)
+        x_t, mask = self.corrupt(x, t_x, noise)                                        # (b, L), (b, L)
+        blank = None
+        if c.encoder_dropout:
+            p_r = 0.9 * noise.uniform('p_r')
+            blank = mask & (noise.uniform('blank', x.shape[1]) < p_r[:, None])
+        with torch.set_grad_enabled(stage1):  # stage 2: encoder and codebook are frozen
+            e = self.encode(x, blank, z_0)                                             # (b, M, D)
+        latents = self.channel.noised(e, t_z, noise, learning=stage1)
+        h_x, h_z = self.hidden_states(x_t, latents.z_t, t_z)                           # (b, L, d), (b, M, d)
+
+        evenly_spaced = not (c.stage1_t_min if stage1 else c.p_start)
+        token_loss, overflow = self.token_loss(h_x, x, mask, t_x, evenly_spaced)
+        logs = {**latents.logs, 'token_loss': token_loss, 'overflow': overflow}
+        loss = c.lambda_x * token_loss
+        if stage1:
+            loss = loss + latents.vq_loss
+        else:
+            predictions = {'latent_loss': self.z_head(h_z)}
+            if c.latent_layers:
+                predictions['seq_latent_loss'] = self.predict_latent(latents.z_t, t_z, None)
+            for name, prediction in predictions.items():
+                logs[name] = self.channel.loss(prediction, latents, t_z)
+                loss = loss + c.lambda_z * logs[name]
+        return loss, {k: v.detach() for k, v in (logs | {'loss': loss}).items()}
+
+    # --- likelihood ---
+
+    @torch.no_grad()
+    def nll_parts(self, x, noise, strategy='joint', z_0=None):
+        """Tokens and codes of the negative ELBO of a strategy, one time each, nats per sequence (b,).
+
+        joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
+        The tokens alone are the papers' "data" likelihood, and all that Co-LADD has. It is no bound on
+        -log p(x): the latent that it is given was read off x.
+        """
+        z_0 = self.channel.state(self.encode(x, stored=z_0))
+        t = noise.times('t_x')
+        x_t, mask = self.corrupt(x, t, noise)
+        z_t = self.channel.corrupt(z_0, t, noise)
+        z, t_z = (z_t, t) if strategy == 'joint' else (z_0, torch.zeros_like(t))
+        h_x, h_z = self.hidden_states(x_t, self.channel.seen(z), t_z)
+        parts = {'token': elbo_weight(t, self.config.schedule) * self.masked_nll(h_x, x, mask)}
+        if self.likelihood == 'bound':
+            prediction = self.z_head(h_z) if strategy == 'joint' else \
+                self.predict_latent(self.channel.seen(z_t), t, torch.full_like(x, self.mask_id))
+            parts['latent'] = self.channel.bound(prediction, z_0, z_t, t)
+        return parts
+
+    # --- sampling ---
+
+    def sampling_options(self, strategy='', sampler='', **given):
+        options = super().sampling_options(strategy, sampler, **given)
+        if options['strategy'] == 'joint' and options['sampler'] == 'first_hitting':
+            raise ValueError('first_hitting reveals one token per call, which gives a joint latent no steps: '
+                             'use it with strategy=seq')
+        return options
+
+    @torch.no_grad()
+    def sample(self, n, steps, strategy='', sampler='', x=None, z_0=None, generator=None, callback=None, **options):
+        """-> ids (n, L). joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens.
+
+        x: as MDLM's. z_0: a clean latent to write from, vectors (n, M, D) or codes (n, M), instead of the first
+        half of seq. options: temperature, top_p, eta of remdm, latent_steps of seq.
+        """
+        options = self.sampling_options(strategy, sampler, **options)
+        x = self.all_masked(n) if x is None else x
+        if options.pop('strategy') == 'seq':
+            return self.sample_sequentially(x, z_0, steps, **options, generator=generator, callback=callback)
+        if z_0 is not None:
+            raise ValueError('a clean latent is for strategy=seq: joint makes its own on the way')
+        return self.sample_jointly(x, steps, **options, generator=generator, callback=callback)
+
+    def sample_jointly(self, x, steps, sampler, temperature, top_p, eta=0.0, generator=None, callback=None):
+        """LADD eq. (Joint)."""
+        def denoise(x_t, z_t, t, where):
+            h_x, h_z = self.hidden_states(x_t, self.channel.seen(z_t), t.float().expand(len(x)))
+            return self.head(h_x[where]), self.z_head(h_z)
+
+        z_1 = self.channel.prior(len(x), x.device, generator)
+        step = functools.partial(self.channel.step, generator=generator)
+        draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
+        alphas = alpha(time_grid(steps, x.device), self.config.schedule)
+        return joint(denoise, x, z_1, steps, alphas, step, self.mask_id, draw, eta, generator, callback)
+
+    def sample_sequentially(self, x, z_0, steps, latent_steps, generator=None, **options):
+        """LADD eq. (Seq.)."""
+        def predict(z_t, t):
+            nothing = torch.full_like(x, self.mask_id)
+            return self.predict_latent(self.channel.seen(z_t), t.float().expand(len(x)), nothing)
+
+        def denoise(x_t, where):
+            active = where.any(dim=1)
+            z, t_z = self.channel.seen(z_0[active]), torch.zeros(int(active.sum()), device=x.device)
+            h_x, _ = self.hidden_states(x_t[active], z, t_z)
+            return self.head(h_x[where[active]])
+
+        if z_0 is None:
+            z_1 = self.channel.prior(len(x), x.device, generator)
+            step = functools.partial(self.channel.step, generator=generator)
+            z_0 = latent_chain(predict, z_1, latent_steps, step)
+        return reveal_tokens(denoise, x, self.mask_id, steps, self.config.schedule, **options, generator=generator)
+
+    # --- costs ---
+
+    def backbones(self):
+        return [self.dit, *self.encoder.backbones()] + ([self.latent_dit] if self.config.latent_layers else [])
+
+    def flops(self, L):
+        """Of one MM-DiT call, by the paper's formula over L + M positions."""
+        return self.dit.flops(L + self.config.num_latents)
+
+    def sampling_flops(self, L, steps, strategy='', latent_steps=0, **options):
+        c = self.config
+        once = self.latent_dit.flops(c.num_latents) if c.latent_layers else self.flops(L)
+        return super().sampling_flops(L, steps, **options) + latent_steps * once
+
+
+def refuse(c, Channel):
+    """ValueError for values that do not go together."""
+    if c.schedule not in Codes.schedules:
+        raise ValueError(f'schedule is one of {", ".join(Codes.schedules)} for LADD, not {c.schedule!r}')
+    if c.latent_schedule not in Channel.schedules:
+        raise ValueError(f'latent_schedule is one of {", ".join(Channel.schedules)} for {Channel.name}, '
+                         f'not {c.latent_schedule!r}')
+    if c.encoder and c.num_latents > c.block_size:
+        raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, which makes no '
+                         f'num_latents={c.num_latents}')
+    if c.encoder and c.stage1_iters and Channel is Vectors:
+        raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants stage1_iters=0')
+    if c.stored_latents and c.encoder_dropout:
+        raise ValueError('encoder_dropout blanks what the mask of each step hides, which stored latents cannot: '
+                         'stored_latents=True wants encoder_dropout=False')
+    if c.vq_start and c.vq_start >= c.stage1_iters:
+        raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than '
+                         f'stage1_iters={c.stage1_iters}')
+
+
+# ------------------------------------------------------------------------------------------------------------
+# encoders: LADD appendix D
 
 class Encoder(nn.Module):
-    """Learned: a DiT over the tokens and M extra positions, whose last M outputs are the latent (LADD appendix D)."""
+    """Learned: a DiT over the tokens and M extra positions, whose last M outputs are the latent."""
 
     def __init__(self, c):
         super().__init__()
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.queries = nn.Parameter(torch.randn(c.num_latents, c.hidden))
-        self.dit = DiT(c.hidden, c.encoder_layers, c.num_heads, c.cond_dim, c.block_size + c.num_latents, dropout=c.dropout)
+        length = c.block_size + c.num_latents
+        self.dit = DiT(c.hidden, c.encoder_layers, c.num_heads, c.cond_dim, length, dropout=c.dropout)
         self.out = nn.Linear(c.hidden, c.latent_dim)
 
     def forward(self, x, blank=None):
@@ -136,276 +552,145 @@ class Encoder(nn.Module):
         e = self.embed(x)
         if blank is not None:
             e = e.masked_fill(blank[..., None], 0)
-        h = self.dit(torch.cat((e, self.queries.expand(len(x), -1, -1)), dim=1))
+        h = self.dit(torch.cat((e, self.queries.expand(len(x), -1, -1)), dim=1))       # (b, L + M, d)
         return self.out(h[:, x.shape[1]:])
+
+    def backbones(self):
+        return [self.dit]
 
 
 class FrozenEncoder(nn.Module):
-    """Pretrained: its states, pooled to M and cut to their first D coordinates (LADD appendix D). M = L is the setting of CCDD.
+    """Pretrained: its states, pooled to M and cut to their first D coordinates. M = L is the setting of CCDD.
 
-    A module without weights: the encoder is opened by name when there is something to encode. So no checkpoint holds it, no optimizer
-    or .train() reaches it, and sampling does without it.
+    A module without weights: the encoder is attached when texts are to be encoded, and is nobody's parameter.
+    So no checkpoint holds it, no optimizer or .train() reaches it, and sampling does without it.
     """
 
     def __init__(self, c):
         super().__init__()
-        self.name, self.num_latents, self.latent_dim = c.encoder, c.num_latents, c.latent_dim
+        self.num_latents, self.latent_dim = c.num_latents, c.latent_dim
+
+    def attach(self, encoder):
+        if self.latent_dim > encoder.width:
+            raise ValueError(f'latent_dim={self.latent_dim} coordinates are more than the {encoder.width} of the encoder')
+        self.pretrained = encoder
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward(self, x, blank=None):
         """As Encoder's."""
-        states, summary = open_encoder(self.name, x.device)(x, blank)
-        return pool(states[..., :self.latent_dim].float(), summary[..., :self.latent_dim].float(), self.num_latents)
+        states, summary = self.pretrained(x, blank)
+        D = self.latent_dim
+        return pool(states[..., :D].float(), summary[..., :D].float(), self.num_latents)
+
+    def backbones(self):
+        return []
 
 
-class LADD(mdlm.MDLM):
-    strategies = ('joint', 'seq')
+# ------------------------------------------------------------------------------------------------------------
+# the vector quantizer of Di-LADD: LADD appendix C.2
 
-    def __init__(self, config):
-        c = config
-        super().__init__(c, c.num_latents)
-        mdlm.one_of('latent', c.latent, ('continuous', 'discrete'))
-        self.discrete = c.latent == 'discrete'
-        self.no_bound = '' if self.discrete else ' (of the tokens given the latent of the text itself, no bound)'  # what nll is, for who prints it
-        masking = ('linear', 'polynomial')  # not geometric: alpha_0 < 1 would owe both channels a reconstruction term
-        mdlm.one_of('schedule', c.schedule, masking)
-        mdlm.one_of('latent_schedule', c.latent_schedule, masking if self.discrete else VP_SCHEDULES)
-        mdlm.one_of('times', c.times, ('same', 'independent'))
-        if c.encoder and c.num_latents > c.block_size:
-            raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, which makes no num_latents={c.num_latents}')
-        if c.encoder and c.stage1_iters and not self.discrete:
-            raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants stage1_iters=0')
-        if c.stored_latents and not c.encoder:
-            raise ValueError('stored_latents=True wants a frozen encoder: encoder=NAME')
-        if c.stored_latents and c.encoder_dropout:
-            raise ValueError('encoder_dropout blanks what the tokens\' mask hides, at every step anew: stored_latents=True wants encoder_dropout=False')
-        if self.discrete and c.vq_start and c.vq_start >= c.stage1_iters:
-            raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than stage1_iters={c.stage1_iters}')
-        self.stage, self.quantising = 2, True  # begin_step sets them while training
-        self.encoder = FrozenEncoder(c) if c.encoder else Encoder(c)
-        self.z_in = nn.Linear(c.latent_dim, c.hidden)
-        self.z_head = nn.Linear(c.hidden, c.codebook_size if self.discrete else c.latent_dim)
-        if self.discrete:
-            self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
-            self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # learnable, of a code's length
-        if c.latent_layers:
-            self.latent_in = nn.Linear(c.latent_dim, c.hidden)
-            # for M = 1 attention is a linear map, and this DiT is the paper's "small MLP" with AdaLN
-            self.latent_dit = DiT(c.hidden, c.latent_layers, c.num_heads, c.cond_dim, c.num_latents, dropout=c.dropout)
-            self.latent_head = nn.Linear(c.hidden, c.codebook_size if self.discrete else c.latent_dim)
+def in_fp32(method):
+    """Keeps autocast out: the choice of codes and their running averages want more than bf16."""
+    @functools.wraps(method)
+    def inner(self, e, *args, **kwargs):
+        with torch.autocast(e.device.type, enabled=False):
+            return method(self, e.float(), *args, **kwargs)
+    return inner
 
-    # --- the latent channel -------------------------------------------------------------------------------------------------------
 
-    def check_data(self, data, device):
-        """-> fingerprint of the frozen encoder, or None. UserError unless it can read this data source. Stored latents were checked when made."""
-        c = self.config
-        if not c.encoder or c.stored_latents:
-            return None
-        encoder = open_encoder(c.encoder, device)
-        check_tokenizer(encoder, data)
-        if c.latent_dim > encoder.width:
-            raise UserError(f'latent_dim={c.latent_dim} coordinates are more than the {encoder.width} of {c.encoder}')
-        return fingerprint(encoder.model)
+class Quantizer(nn.Module):
+    """A cosine-similarity codebook. Each latent, a unit vector, becomes the code nearest to it.
 
-    def encode(self, x, blank=None, stored=None):
-        """x (b, L) -> continuous latents before any quantizer, (b, M, D) fp32. stored: what the frozen encoder once said of x, (b, M, D)."""
-        z = self.encoder(x, blank).float() if stored is None else stored
-        if self.discrete:
-            return F.normalize(z, dim=-1)
-        return self.config.latent_length * F.normalize(z, dim=-1) if self.config.unit_norm else z
+    Codes are learned without gradients: a code is the running mean of the vectors that chose it. So codes start
+    where vectors are (k-means), and one that hardly any vector chooses starts again elsewhere. As
+    VectorQuantize of vector-quantize-pytorch with use_cosine_sim, the library that the paper names; the official
+    code has decay .95, commitment .1, a dead-code threshold of 2, and k-means of 10 iterations.
+    """
+    at_once = 4096  # vectors compared with all codes at a time: k-means sees 131,000 vectors for 8,191 codes
 
-    def corrupt_latent(self, z_0, t, noise):
-        """q(z_t | z_0): vectors (b, M, D), or codes (b, M) that turn into [mask] = K; t (b,)."""
-        if not self.discrete:
-            a = abar(t, self.config.latent_schedule)[:, None, None]
-            return a * z_0 + (1 - a**2).sqrt() * noise.normal('eps', *z_0.shape[1:])
-        mask = noise.uniform('z_mask', z_0.shape[1]) < 1 - alpha(t, self.config.latent_schedule)[:, None]
-        return z_0.masked_fill(mask, self.config.codebook_size)
+    def __init__(self, size, dim, decay=0.95, commitment=0.1, dead_below=2.0):
+        super().__init__()
+        self.decay, self.commitment, self.dead_below = decay, commitment, dead_below
+        self.register_buffer('codebook', F.normalize(torch.randn(size, dim), dim=-1))  # unit vectors
+        # running means of how many vectors of a batch chose each code, and of their sum
+        self.register_buffer('counts', torch.full((size,), dead_below))
+        self.register_buffer('sums', self.codebook * dead_below)
+        self.met = []  # (vectors, codes) of this step's micro-batches
 
-    def vectors(self, codes):
-        """Codes (b, M) with K for [mask] -> what the denoiser sees, (b, M, D)."""
-        return torch.cat((self.quantizer.codebook, self.z_mask[None]))[codes]
+    @in_fp32
+    def nearest(self, e):
+        """Unit vectors e (..., D) -> code indices (...), LADD eq. (73)."""
+        parts = e.flatten(0, -2).split(self.at_once)
+        return torch.cat([(part @ self.codebook.T).argmax(dim=-1) for part in parts]).view(e.shape[:-1])
 
-    def latent_step(self, z_t, prediction, t, s, generator=None):
-        if self.discrete:
-            return code_step(z_t, prediction, t, s, self.config.latent_schedule, generator)
-        return ddim_step(z_t, prediction, t, s, self.config.latent_schedule)
+    def forward(self, e, learning=False):
+        """Unit vectors e (b, M, D) -> quantised with a straight-through gradient, codes (b, M), commitment loss.
 
-    def latent_prior(self, n, generator=None):
-        """z_1: (n, M) masks, or (n, M, D) Gaussian."""
-        c, device = self.config, self.head.weight.device
-        if self.discrete:
-            return torch.full((n, c.num_latents), c.codebook_size, device=device)
-        return torch.randn(n, c.num_latents, c.latent_dim, device=device, generator=generator)
-
-    # --- the denoisers --------------------------------------------------------------------------------------------------------------
-
-    def hidden_states(self, x_t, z_t, t_z):
-        """Vectors z_t (b, M, D), t_z (b,) -> (b, L, d), (b, M, d). Gaussian latents need their time
-
-        (only their own stream sees it: our choice, the official code tells both); [mask]s show theirs.
+        LADD eq. (74). learning: `learn` will move the codebook by these vectors.
         """
-        return self.dit(self.embed(x_t), self.z_in(z_t), t=[None, None if self.discrete else t_z])
-
-    def predict_latent(self, z_t, t_z, x_t):
-        """The sequential strategy's first half: from vectors z_t alone (x_t is all [mask])."""
-        if not self.config.latent_layers:
-            return self.z_head(self.hidden_states(x_t, z_t, t_z)[1])
-        return self.latent_head(self.latent_dit(self.latent_in(z_t), t=None if self.discrete else [t_z]))
-
-    # --- training -------------------------------------------------------------------------------------------------------------------
+        codes = self.nearest(e)
+        quantised = self.codebook[codes]
+        loss = self.commitment * F.mse_loss(e, quantised)
+        if learning:
+            self.met.append((e.detach(), codes))
+        return e + (quantised - e).detach(), codes, loss
 
     @torch.no_grad()
-    def begin_step(self, step, draw_rows, noise):
-        """Sets the stage from the step, and starts the codebook when its time has come. -> what begins here, for who prints it, or None.
+    def learn(self, finite, noise):
+        """Once per step, by the vectors of the whole global batch: so every process makes the same move."""
+        if self.met:
+            # micro-batches and processes interleave: (b, micro, ...) -> (b, micro, W, ...) is the batch's order
+            e, codes = (torch.stack(parts, dim=1) for parts in zip(*self.met))
+            e, codes = (gathered(part.flatten(0, 1)) for part in (e, codes))
+            self.update(e.flatten(0, 2), codes.flatten(), finite, noise)
+            self.met = []
 
-        draw_rows(n) -> n training texts (n, L), and their stored latents if there are any.
+    def tally(self, e, codes):
+        """How many of the vectors e (N, D) chose each code, and their sum: codes (N,) -> (K,), (K, D).
+
+        By products with 0 and 1: index_add_ is nondeterministic on a GPU, so codebooks of processes would diverge.
         """
-        c = self.config
-        self.stage, self.quantising = 1 if step < c.stage1_iters else 2, step >= c.vq_start
-        self.encoder.train(self.stage == 1)
-        if self.discrete and step == c.vq_start and self.stage == 1:
-            n = max(1, 16 * c.codebook_size // c.num_latents)  # 16 vectors for every code
-            self.encoder.eval()
-            e = torch.cat([self.encode(x, None, *z_0) for x, *z_0 in zip(*(part.split(256) for part in draw_rows(n)))])
-            self.encoder.train()
-            self.quantizer.kmeans(e.flatten(0, 1), noise.total * c.num_latents, noise)
-            return 'k-means has made the codebook, latents are quantised from here on'
-        if 0 < step == c.stage1_iters:
-            return f'stage 2 begins: encoder{" and codebook" * self.discrete} frozen, the latent loss joins'
+        counts, sums = 0, 0
+        for part, chosen in zip(e.split(self.at_once), codes.split(self.at_once)):
+            chosen = F.one_hot(chosen, len(self.codebook)).to(e.dtype)
+            counts, sums = counts + chosen.sum(dim=0), sums + chosen.T @ part
+        return counts, sums
 
-    def forward(self, x, noise, z_0=None):
-        """Training loss of x (b, L) int64, LADD eq. (14), and logs. z_0: stored latents (b, M, D), instead of encoding x."""
-        c, stage1 = self.config, self.stage == 1
-        t_x = noise.times('t_x', in_order=True)
-        if stage1:
-            t_x = c.stage1_t_min + (1 - c.stage1_t_min) * t_x
-        elif c.p_start:
-            t_x = torch.where(noise.uniform('start') < c.p_start, 1.0, t_x)
-        t_x = 1e-4 + (1 - 1e-4) * t_x
-        t_z = noise.times('t_z') if c.times == 'independent' else t_x
-        if stage1 and c.stage1_clean:
-            t_z = torch.zeros_like(t_x)
-        x_t, mask = self.corrupt(x, t_x, noise)
-
-        blank = None
-        if c.encoder_dropout:
-            p_r = 0.9 * noise.uniform('p_r')
-            blank = mask & (noise.uniform('blank', x.shape[1]) < p_r[:, None])
-        with torch.set_grad_enabled(stage1):  # stage 2: encoder and codebook are frozen
-            z_0 = self.encode(x, blank, z_0)
-        logs, vq_loss = {}, 0.0
-        if self.discrete and self.quantising:
-            z_0, codes, vq_loss = self.quantizer(z_0, noise if stage1 else None)
-            z_code = self.corrupt_latent(codes, t_z, noise)
-            z_masked = z_code == c.codebook_size
-            z_t = torch.where(z_masked[..., None], self.z_mask, z_0)  # z_0: code vectors with the straight-through gradient
-            logs.update(code_perplexity=self.quantizer.perplexity(), code_usage=self.quantizer.usage())
-        elif self.discrete:
-            z_t = z_0
-        else:
-            drop = noise.uniform('drop') < c.p_drop  # as in the official code: z_0 = z_t = 0 and no latent loss (the paper noises the zeros and keeps the loss)
-            z_t = self.corrupt_latent(z_0, t_z, noise).masked_fill(drop[:, None, None], 0)
-
-        h_x, h_z = self.hidden_states(x_t, z_t, t_z)
-        token_loss, overflow = self.token_loss(h_x, x, mask, t_x, uniform=not (stage1 and c.stage1_t_min or c.p_start))
-        loss = c.lambda_x * token_loss
-        if stage1:
-            loss = loss + vq_loss
-        else:
-            def latent_loss(prediction):  # LADD eq. (13)
-                if not self.discrete:
-                    return ((prediction - z_0).square().mean(dim=(1, 2)) * ~drop).mean()
-                weight = elbo_weight(t_z.clamp(min=1e-4), c.latent_schedule) if c.weighting == 'elbo' else torch.ones_like(t_z)
-                return (F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten(), reduction='none').view(codes.shape)
-                        * z_masked * weight[:, None]).mean()
-            logs['latent_loss'] = latent_loss(self.z_head(h_z))
-            loss = loss + c.lambda_z * logs['latent_loss']
-            if c.latent_layers:
-                logs['seq_latent_loss'] = latent_loss(self.predict_latent(z_t, t_z, None))
-                loss = loss + c.lambda_z * logs['seq_latent_loss']
-        logs.update(loss=loss, token_loss=token_loss, overflow=overflow)
-        return loss, {k: v.detach() for k, v in logs.items()}
-
-    # --- likelihoods ----------------------------------------------------------------------------------------------------------------
+    @in_fp32
+    def update(self, e, codes, finite, noise):
+        """Moves the codebook by e (N, D) and their codes (N,), unless the step was not finite."""
+        new_counts, new_sums = self.tally(e, codes)
+        counts = self.counts.lerp(new_counts, 1 - self.decay)
+        sums = self.sums.lerp(new_sums, 1 - self.decay)
+        # a code that hardly any vector chooses restarts at a random vector of the batch
+        dead = counts < self.dead_below
+        fresh = e[noise.permutation('revive', max(len(e), len(dead)))[:len(dead)] % len(e)]
+        counts = torch.where(dead, self.dead_below, counts)
+        sums = torch.where(dead[:, None], self.dead_below * fresh, sums)
+        for buffer, new in ((self.counts, counts), (self.sums, sums), (self.codebook, F.normalize(sums, dim=-1))):
+            buffer.copy_(torch.where(finite, new, buffer))
 
     @torch.no_grad()
-    def channel_nll(self, x, noise, strategy='joint', z_0=None):
-        """Token and latent part of the ELBO of one strategy, one time each, nats per sequence: (b,), (b,) for codes or None.
+    @in_fp32
+    def kmeans(self, e, batch_vectors, noise, iterations=10):
+        """Starts the codebook by spherical k-means on e (N, D).
 
-        joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
-        The token part alone is the papers' "data" likelihood. It is no bound on -log p(x): the latent it is given was read off x.
+        batch_vectors: how many vectors a training batch has, the unit of `counts`.
         """
-        c = self.config
-        z_0 = self.encode(x, stored=z_0)
-        if self.discrete:
-            z_0 = self.quantizer.nearest(z_0)
-        t = noise.times('t_x')
-        x_t, mask = self.corrupt(x, t, noise)
-        z_t = self.corrupt_latent(z_0, t, noise) if strategy == 'joint' else z_0
-        h_x, h_z = self.hidden_states(x_t, self.vectors(z_t) if self.discrete else z_t, t if strategy == 'joint' else torch.zeros_like(t))
-        tokens = elbo_weight(t, c.schedule) * self.masked_nll(h_x, x, mask)
-        if not self.discrete:
-            return tokens, None
-        if strategy == 'seq':
-            z_t = self.corrupt_latent(z_0, t, noise)
-            logits = self.predict_latent(self.vectors(z_t), t, torch.full_like(x, self.mask_id))
-        else:
-            logits = self.z_head(h_z)
-        nats = F.cross_entropy(logits.float().flatten(0, 1), z_0.flatten(), reduction='none').view(z_0.shape)
-        return tokens, elbo_weight(t, c.latent_schedule) * (nats * (z_t == c.codebook_size)).sum(dim=1)
+        K = len(self.codebook)
+        self.codebook[:] = e[noise.permutation('k-means', max(len(e), K))[:K] % len(e)]
+        for _ in range(iterations):
+            counts, sums = self.tally(e, self.nearest(e))
+            self.codebook[:] = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), self.codebook)
+        self.counts[:] = counts * (batch_vectors / len(e))
+        self.sums[:] = sums * (batch_vectors / len(e))
 
-    def nll(self, x, noise, z_0=None):
-        """Di-LADD: token + code ELBO of the joint strategy, an upper bound on -log p(x). Co-LADD: the token channel only, no bound."""
-        tokens, latent = self.channel_nll(x, noise, z_0=z_0)
-        return tokens if latent is None else tokens + latent
+    def perplexity(self):
+        """exp(entropy of the running code usage): how many codes are really in use."""
+        p = self.counts / self.counts.sum()
+        return torch.exp(-torch.special.xlogy(p, p).sum())
 
-    # --- sampling -------------------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def sample(self, n, steps, strategy='joint', latent_steps=8, sampler='ancestral', eta=1.0, temperature=1.0, top_p=1.0,
-               x=None, z_0=None, generator=None, callback=None):
-        """-> (n, L) ids. joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens.
-
-        z_0: a clean latent to write from, vectors (n, M, D) or codes (n, M), in place of seq's first half.
-        """
-        c, device = self.config, self.head.weight.device
-        if strategy == 'joint' and sampler == 'first_hitting':
-            raise ValueError('first_hitting is for the sequential strategy: joint latents move on a grid')
-        if strategy == 'joint' and z_0 is not None:
-            raise ValueError('a clean latent is for the sequential strategy: joint makes its own on the way')
-        if x is None:
-            x = torch.full((n, c.block_size), self.mask_id, device=device)
-        z = self.latent_prior(n, generator)
-        see = self.vectors if self.discrete else (lambda z: z)
-
-        def latent_step(z_t, prediction, t, s):
-            return self.latent_step(z_t, prediction, t, s, generator)
-
-        def times(t):
-            return t.float().expand(n)
-
-        if strategy == 'seq':
-            if z_0 is None:
-                def predict(z, t):
-                    return self.predict_latent(see(z), times(t), torch.full_like(x, self.mask_id))
-                z_0 = latent_chain(predict, z, latent_steps, latent_step)
-
-            def denoise(x_t, where):
-                active = where.any(dim=1)
-                h, _ = self.hidden_states(x_t[active], see(z_0[active]), x_t.new_zeros(int(active.sum()), dtype=torch.float32))
-                return self.head(h[where[active]])
-            return mdlm.run_sampler(denoise, x, self.mask_id, steps, c.schedule, sampler, eta, temperature, top_p, generator, callback)
-
-        def denoise(x_t, z_t, t, where):
-            h_x, h_z = self.hidden_states(x_t, see(z_t), times(t))
-            return self.head(h_x[where]), self.z_head(h_z)
-
-        draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
-        alphas = alpha(time_grid(steps, device), c.schedule)
-        return joint(denoise, x, z, steps, alphas, latent_step, self.mask_id, draw, eta if sampler == 'remdm' else 0.0, generator, callback)
-
-    def flops(self, L):
-        """Of one MM-DiT call, by the paper's formula over L + M positions."""
-        return self.dit.flops(L + self.config.num_latents)
+    def usage(self):
+        """Share of the codes whose running count is above the dead-code threshold."""
+        return (self.counts > self.dead_below).float().mean()

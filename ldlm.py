@@ -1,36 +1,41 @@
 """
 LDLM: latent diffusion trained jointly with its latent space (How to Train Your Latent Diffusion Language Model).
 
-    h = token encoder(x)      frozen and pretrained, each feature scaled to mean 0 and variance 1;  z = E(h), one latent per token
-    h_hat = D(z + sigma_dec eps),   logits = token decoder(stop_grad(h_hat));   at inference without the noise
+    h = token encoder(x)      frozen and pretrained, each feature scaled to mean 0 and variance 1
+    z = E(h)                  one latent per token
+    h_hat = D(z + sigma_dec eps),   logits = token decoder(stop_grad(h_hat));   when sampling without the noise
     z_t = alpha_t z + sigma_t eps,  z_hat = denoiser(z_t, t, earlier z_hat)
-    loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                                              LDLM eq. (1) - (4)
+    loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                             LDLM eq. (1) - (4)
 
-With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the recipe prevent that, a key each:
-    reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep: latents of like states may be alike
-    encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the denoiser learns from the start
+With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the recipe
+prevent that, a key each:
+    reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep, so latents of similar
+                           states may be similar
+    encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the denoiser
+                           itself learns at full strength from the start
     adaptive_t             times are drawn so that the loss rises evenly over them
-    sigma_dec              noise in the decoder's input: the latents must be large, smooth and economical to be read through it
-Sampling runs the denoiser from noise to z_0 and decodes once. There is no likelihood, hence no method `nll`.
-The paper's text lost its formulas; where a value comes from is marked [paper], [second-hand], [family] (code by the same authors) or [choice].
+    sigma_dec              noise in the decoder's input: only large and smooth latents can be read through it
+Sampling runs the denoiser from noise to z_0 and decodes once. There is no likelihood.
+The paper's text lost its formulas. Where a value comes from is marked [paper], [second-hand], [family] (code by
+the same authors), [checked] (derived, and confirmed by a number that survives) or [choice].
 Read in this order: schedule, samplers, adaptive times, transformer, class LDLM.
 """
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.checkpoint import fingerprint
-from lib.configurator import UserError
-from lib.encoders import check_tokenizer, open_encoder
-from mdlm import one_of, time_grid, wide
+from lib.configurator import Keys, Not, key
+from lib.distributed import summed
+from lib.method import Method
+from mdlm import time_grid, wide
 from model import DiT, attend, head_cross_entropy, rope_table, rotate, rows_at_once
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# the tangent schedule [paper; its formula: family]: sigma_t / alpha_t = d tan(pi t / 2), variance preserving, from nothing to nothing but noise
+# ------------------------------------------------------------------------------------------------------------
+# the tangent schedule [paper; its formula: family]: sigma_t / alpha_t = d tan(pi t / 2), variance preserving,
+# from no noise at t = 0 to nothing but noise at t = 1
 
 def alpha_sigma(t, d=3.0):
     """Signal and noise levels of z_t; any tensor t in [0, 1] -> two of the same shape, alpha^2 + sigma^2 = 1."""
@@ -44,9 +49,10 @@ def beta(t, d=3.0):
     return math.pi * d**2 * tan * (1 + tan**2) / (1 + d**2 * tan**2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions over `denoise(z_t, t, z_self) -> z_0 hat`, all latents (n, L, D), t a scalar, one call per step
-# z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al., 2023). callback(i, z_0 hat) sees every step.
+# z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al., 2023, arXiv:2208.04202).
+# callback(i, z_0 hat) sees every step.
 
 T_END = 0.05  # where Euler-Maruyama stops [family]
 
@@ -54,9 +60,10 @@ T_END = 0.05  # where Euler-Maruyama stops [family]
 def euler_maruyama(denoise, z, steps, d=3.0, generator=None, callback=None):
     """The reverse SDE on a uniform grid from t = 1 to .05 -> mean of the last step, last z_0 hat.
 
-    The mean is what the family decodes: a latent that still has the noise of t = .05. The paper says "a clean latent prediction".
-    With few steps beta dt is large and overshoots: on the way z has up to 2.4 times the variance of z_t with 16 steps, 6.7 times with 8
-    (exact, for Gaussian latents of variance 1). There ddim is worth a try.
+    The mean is what the family decodes, a latent that still has the noise of t = .05. The paper says "a clean
+    latent prediction". With few steps beta dt is large and overshoots: on the way z has up to 2.4 times the
+    variance of z_t with 16 steps, 6.7 times with 8 (exact, for Gaussian latents of variance 1). There ddim is
+    worth a try.
     """
     times, z_hat = 1 - (1 - T_END) * (1 - time_grid(steps, z.device)), torch.zeros_like(z)
     for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
@@ -82,15 +89,17 @@ def ddim(denoise, z, steps, d=3.0, callback=None):
     return z
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# adaptive times: LDLM section 5.3. If the density of t is proportional to the slope of the loss, the loss is linear in the quantile of t
+# ------------------------------------------------------------------------------------------------------------
+# adaptive times: LDLM section 5.3. With a density of t proportional to the slope of the loss, the loss is linear in
+# the quantile of t
 
 class AdaptiveTimes(nn.Module):
     """Times from bins of equal width, drawn with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
 
-    Each bin has a running mean of its losses, kept as two sums that forget at the same rate: so a bin that is seldom visited needs no
-    initial value. The loss at an edge is the mean of its two bins' [choice; the paper says running means at the edges, not how a loss gets
-    there]. Splitting each loss between the two nearest edges would bias every edge towards the side with more draws. All of it lives in buffers.
+    Each bin has a running mean of its losses, kept as two sums that forget at the same rate, so a bin that is
+    seldom visited needs no initial value. The loss at an edge is the mean of its two bins' [choice; the paper has
+    running means at the edges and does not say how a loss gets there]. Splitting each loss between the two
+    nearest edges would bias every edge towards the side with more draws.
     """
 
     def __init__(self, bins, memory, floor):
@@ -98,24 +107,27 @@ class AdaptiveTimes(nn.Module):
         self.bins, self.memory, self.floor = bins, memory, floor
         self.register_buffer('p', torch.full((bins,), 1 / bins))
         self.register_buffer('sums', torch.zeros(2, bins))  # of losses, of how many
+        self.register_buffer('new', torch.zeros(2, bins), persistent=False)  # the same, of this step
 
     def draw(self, noise):
-        """t (b,): bin i with probability p_i, then uniform in it; one stratified u through the inverse distribution function does both."""
+        """t (b,): bin i with probability p_i, then uniform in it; both by one stratified u through the inverse CDF."""
         u, cdf = noise.times('t'), self.p.cumsum(dim=0)
         i = torch.searchsorted(cdf, u).clamp(max=self.bins - 1)  # the sum may round to less than 1
         return ((i + 1 + (u - cdf[i]) / self.p[i]) / self.bins).clamp(0, 1)
 
     @torch.no_grad()
     def track(self, t, losses):
-        """Adds the losses (b,) at times t of a micro-batch, of all processes: so their sums stay equal, and `forget` comes once per step."""
+        """Takes note of the losses (b,) at times t of a micro-batch."""
         bins = (t * self.bins).long().clamp(max=self.bins - 1)
-        new = torch.zeros_like(self.sums).index_add_(1, bins, torch.stack((losses, torch.ones_like(losses))))
-        if dist.is_initialized():
-            dist.all_reduce(new)
-        self.sums += new
+        self.new.index_add_(1, bins, torch.stack((losses, torch.ones_like(losses))))
 
     def forget(self):
         self.sums *= self.memory
+
+    def learn(self, finite):
+        """Once per step, from all processes, so that their sums stay equal."""
+        self.sums += torch.where(finite, summed(self.new), 0.0)
+        self.new.zero_()
 
     def refresh(self):
         """New probabilities, once every bin has been seen."""
@@ -123,22 +135,26 @@ class AdaptiveTimes(nn.Module):
         mean = loss / count
         ends = 1.5 * mean[[0, -1]] - 0.5 * mean[[1, -2]]  # continued to t = 0 and t = 1 as straight lines
         rise = torch.cat((ends[:1], (mean[:-1] + mean[1:]) / 2, ends[1:])).diff()
-        # a bin without rise is still visited, or its loss would never be seen to rise again [choice; second-hand: 1e-6, which starves bins]
+        # a bin without rise is still visited, or its loss would never be seen to rise again
+        # [choice; second-hand: 1e-6, which starves bins]
         rise = rise.clamp(min=self.floor * rise.clamp(min=0).mean() + 1e-12)
-        self.p.copy_(torch.where((count > 0).all(), rise / rise.sum(), self.p))  # the host need not know
+        self.p.copy_(torch.where((count > 0).all(), rise / rise.sum(), self.p))  # decided on the device
 
     def by_quarter(self):
         """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""
-        loss, count = (torch.stack([part.sum() for part in row.tensor_split(4)]) for row in self.sums)
+        loss, count = (torch.stack([part.sum() for part in row.tensor_split(4)]) for row in self.sums + self.new)
         return loss / count.clamp(min=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the transformer of encoder and decoders
 
 class Block(nn.Module):
-    """Attention and MLP without time. With a context it is a Perceiver Resampler's block (Alayrac et al., 2022; details [family]):
-    queries from x, keys and values from x and from the context, each by projections of their own; queries and keys are normalised."""
+    """Attention and MLP without time. With a context it is a Perceiver Resampler's block (Alayrac et al., 2022).
+
+    Queries come from x, keys and values from x and from the context, each by projections of their own; queries
+    and keys are normalised [family].
+    """
 
     def __init__(self, d, num_heads, context, swiglu):
         super().__init__()
@@ -148,8 +164,9 @@ class Block(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(d // num_heads, eps=1e-6) for _ in range(2))
         if context:
             self.norm_context, self.kv_context = nn.RMSNorm(d, eps=1e-6), nn.Linear(d, 2 * d, bias=False)
-        # SwiGLU with 12 d^2 weights makes the paper's 66M of a token decoder [choice]; GELU would make 60M
-        self.up, self.down = nn.Linear(d, (8 if swiglu else 4) * d, bias=not swiglu), nn.Linear(4 * d, d, bias=not swiglu)
+        # SwiGLU with 12 d^2 weights gives the token decoder the paper's 66M [choice]; GELU would give it 60M
+        self.up = nn.Linear(d, (8 if swiglu else 4) * d, bias=not swiglu)
+        self.down = nn.Linear(4 * d, d, bias=not swiglu)
 
     def forward(self, x, cos, sin, context=None):
         """x, context (b, L, d) -> like x. RoPE [choice]: place l of x and place l of the context are the same place."""
@@ -171,7 +188,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(b, L, d) -> (b, L, d). perceiver: L learned vectors that read the input in every block; otherwise the input itself moves."""
+    """(b, L, d) -> (b, L, d). perceiver: L learned vectors read the input in every block; else the input moves."""
 
     def __init__(self, d, num_layers, num_heads, L, perceiver=False, swiglu=False):
         super().__init__()
@@ -188,76 +205,73 @@ class Transformer(nn.Module):
         return x
 
     def flops(self, L):
-        """Forward FLOPs, counted as DiT.flops counts them: L times the matrices, and attention to L or, of a perceiver, 2 L places."""
+        """Forward FLOPs, counted as DiT's: L times the matrices, and attention to L places, a perceiver's to 2 L."""
         weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() > 1)
         places = L if self.queries is None else 2 * L
         return L * weights + len(self.blocks) * 2 * L * places * self.blocks[0].out.out_features
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the method
 
-STATE_TOKENS = 2**16  # of training text, whose states give their mean and variance [choice; paper: the data set's]
+STATE_TOKENS = 2**16  # of training text, whose states give mean and variance [choice; paper: the whole data set's]
+TRAINS_DENOISER, TRAINS_AUTOENCODER = ('joint', 'diffusion'), ('joint', 'autoencoder')
+ADAPTIVE = {'adaptive_t': True, 'stage': TRAINS_DENOISER}
 
 
 @dataclass
-class Config:
+class Config(Keys):
     vocab_size: int = 0  # from the data
-    block_size: int = 0  # L: tokens, and latents
+    block_size: int = key(0, at_least=0)  # L: tokens, and latents
     # the denoiser, a DiT [paper]; cond_dim fits its 132M parameters [checked]
-    hidden: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    cond_dim: int = 768
-    dropout: float = 0.0
-    self_conditioning: float = 0.5  # share of texts whose denoiser sees its own first estimate [second-hand; the text lost it]
-    tangent: float = 3.0  # d of the schedule [second-hand]
+    hidden: int = key(768, at_least=1)
+    num_layers: int = key(12, at_least=1)
+    num_heads: int = key(12, at_least=1, meaning=True)
+    cond_dim: int = key(768, at_least=1)
+    dropout: float = key(0.0, at_least=0, below=1)
+    # share of texts whose denoiser sees its own first estimate [second-hand; the paper's text lost it]
+    self_conditioning: float = key(0.5, at_least=0, at_most=1, only={'stage': TRAINS_DENOISER})
+    tangent: float = key(3.0, above=0, meaning=True, only={'stage': Not(['autoencoder'])})  # d [second-hand]
     # the autoencoder; its heads are as wide as the denoiser's
-    token_encoder: str = 'gpt2'  # hub id, folder, out/NAME of ar.py | scratch: trained embeddings
-    layer: int = -3  # which of its hidden states: -1 the output, -3 the paper's third to last; 0: its embeddings, with its positions if it has any
-    latent_dim: int = 768  # D: width of h, which the token encoder decides, of z, and of encoder and decoders
-    latent_encoder: str = 'perceiver'  # perceiver | attention | none: z = h
-    latent_layers: int = 6  # of encoder and decoder each
-    decoder_layers: int = 3  # of the token decoder under its vocabulary head
-    decode_from: str = 'states'  # what the token decoder reads: states h_hat | latents, without the latent decoder (app. B.2)
-    # the recipe
-    reconstruction: str = 'mse'  # mse | ce | both; with ce the token loss reaches decoder and encoder
-    encoder_warmup: int = 10000  # steps in which gamma rises to 1 [paper, of its ablations]; 0: none
-    adaptive_t: bool = True
-    sigma_dec: float = 3.0  # [second-hand]
-    adaptive_bins: int = 100  # this and the next two [second-hand]
-    adaptive_memory: float = 0.999  # per step
-    adaptive_every: int = 5000  # steps between new probabilities
-    adaptive_floor: float = 0.1  # least rise of a bin, in mean rises [choice]
-    # what is trained: joint | autoencoder | diffusion (autoencoder frozen) | decoder (all but the token decoder frozen); --init_from=out/OTHER
-    # brings the frozen part
-    stage: str = 'joint'
-    token_loss: bool = True  # False: the token decoder is left for stage=decoder
-    mask_states: float = 0.0  # share of places whose h the encoder does not see in training (COSMOS, its smoothing) [choice]
+    token_encoder: str = key('gpt2', meaning=True)  # hub id, folder, out/NAME of our AR | scratch: trained embeddings
+    # which of its hidden states: -1 the output, -3 the paper's third to last, 0 its embeddings, with its positions
+    layer: int = key(-3, meaning=True, only={'token_encoder': Not(['scratch'])})
+    latent_dim: int = key(768, at_least=1)  # D: width of z and of h, which the token encoder decides
+    latent_encoder: str = key('perceiver', choices=('perceiver', 'attention', 'none'))  # none: z = h
+    latent_layers: int = key(6, at_least=1, only={'latent_encoder': Not(['none'])})  # of encoder and decoder each
+    decoder_layers: int = key(3, at_least=0)  # of the token decoder under its vocabulary head
+    # what the token decoder reads: states h_hat | latents, without the latent decoder (appendix B.2)
+    decode_from: str = key('states', choices=('states', 'latents'), meaning=True)
+    # the recipe; with ce the token loss reaches decoder and encoder
+    reconstruction: str = key('mse', choices=('mse', 'ce', 'both'), only={'stage': TRAINS_AUTOENCODER})
+    # steps in which gamma rises to 1, 0: none [paper, of its ablations]; it is about latents that are trained
+    encoder_warmup: int = key(10000, at_least=0, only=[{'stage': 'joint', 'latent_encoder': Not(['none'])},
+                                                       {'stage': 'joint', 'token_encoder': 'scratch'}])
+    adaptive_t: bool = key(True, only={'stage': TRAINS_DENOISER})
+    sigma_dec: float = key(3.0, at_least=0, only={'stage': Not(['diffusion'])})  # [second-hand]
+    adaptive_bins: int = key(100, at_least=2, only=ADAPTIVE)  # this and the next two [second-hand]
+    adaptive_memory: float = key(0.999, at_least=0, at_most=1, only=ADAPTIVE)  # per step
+    adaptive_every: int = key(5000, at_least=1, only=ADAPTIVE)  # steps between new probabilities
+    adaptive_floor: float = key(0.1, at_least=0, only=ADAPTIVE)  # least rise of a bin, in mean rises [choice]
+    # what is trained: joint | autoencoder | diffusion: all but the autoencoder | decoder: only the token decoder;
+    # --init_from=out/OTHER brings the part that is frozen
+    stage: str = key('joint', choices=('joint', 'autoencoder', 'diffusion', 'decoder'), meaning=True)
+    token_loss: bool = key(True, only={'stage': TRAINS_AUTOENCODER})  # False: left for stage=decoder
+    # share of places whose h the encoder does not see in training (COSMOS, its smoothing) [choice]
+    mask_states: float = key(0.0, at_least=0, at_most=1, only={'stage': TRAINS_AUTOENCODER})
 
 
-class LDLM(nn.Module):
-    strategies, samplers = ('joint',), ('euler_maruyama', 'euler_maruyama_mean', 'ddim')
+class LDLM(Method):
+    Config = Config
+    samplers = {'euler_maruyama': {}, 'euler_maruyama_mean': {}, 'ddim': {}}
+    has_latent_space = True
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        one_of('latent_encoder', c.latent_encoder, ('perceiver', 'attention', 'none'))
-        one_of('decode_from', c.decode_from, ('states', 'latents'))
-        one_of('reconstruction', c.reconstruction, ('mse', 'ce', 'both'))
-        one_of('stage', c.stage, ('joint', 'autoencoder', 'diffusion', 'decoder'))
-        if c.latent_encoder != 'none' and c.latent_layers < 1:
-            raise ValueError('latent_layers must be at least 1; no encoder at all is latent_encoder=none')
-        head_dim = c.hidden // c.num_heads
-        if c.latent_dim % head_dim:
-            raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of the denoiser (hidden / num_heads)')
-        if c.token_encoder == 'scratch' and c.reconstruction != 'ce':
-            raise ValueError('trained embeddings are no target for a squared error: token_encoder=scratch needs reconstruction=ce')
-        if c.reconstruction != 'mse' and (not c.token_loss or c.decode_from == 'latents'):
-            raise ValueError(f'reconstruction={c.reconstruction} is a token loss through the latent decoder: token_loss=True, decode_from=states')
-        if c.stage == 'autoencoder' and c.latent_encoder == 'none' and not c.token_loss:
-            raise ValueError('stage=autoencoder with latent_encoder=none and token_loss=False leaves nothing to train')
-        D, L, heads = c.latent_dim, c.block_size, c.latent_dim // head_dim
+        refuse(c)
+        D, L, head_dim = c.latent_dim, c.block_size, c.hidden // c.num_heads
+        heads = D // head_dim
         if c.token_encoder == 'scratch':
             self.embed = nn.Embedding(c.vocab_size, D)
         self.register_buffer('state_mean', torch.zeros(D))
@@ -266,52 +280,65 @@ class LDLM(nn.Module):
         def autoencoder_half():
             if c.latent_encoder == 'none':
                 return nn.Identity()
-            return nn.Sequential(Transformer(D, c.latent_layers, heads, L, perceiver=c.latent_encoder == 'perceiver'), nn.Linear(D, D))
+            perceiver = c.latent_encoder == 'perceiver'
+            return nn.Sequential(Transformer(D, c.latent_layers, heads, L, perceiver), nn.Linear(D, D))
         self.encoder, self.decoder = autoencoder_half(), autoencoder_half()
         self.token_decoder = nn.Identity()
         if c.decoder_layers:
-            self.token_decoder = nn.Sequential(Transformer(D, c.decoder_layers, heads, L, swiglu=True), nn.RMSNorm(D, eps=1e-6))
+            transformer = Transformer(D, c.decoder_layers, heads, L, swiglu=True)
+            self.token_decoder = nn.Sequential(transformer, nn.RMSNorm(D, eps=1e-6))
         self.head = nn.Linear(D, c.vocab_size)
 
         self.z_in = nn.Linear(2 * D, c.hidden)  # of z_t and the earlier estimate, side by side
         self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, L, dropout=c.dropout)
         self.z_out = nn.Linear(c.hidden, D)
         self.times = AdaptiveTimes(c.adaptive_bins, c.adaptive_memory, c.adaptive_floor)
-        self.register_buffer('gamma', torch.ones(()), persistent=False)  # begin_step sets it; a tensor, or a compiled step would be compiled anew
+        # begin_step sets it; a tensor, since a compiled step that saw a number would be recompiled for each new one
+        self.register_buffer('gamma', torch.ones(()), persistent=False)
         for layer in (self.head, self.z_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    # --- text -> h -> z -> h_hat -> text ------------------------------------------------------------------------------------------
+    # --- the frozen token encoder ---
 
-    def check_data(self, data, device):
-        """-> fingerprint of the token encoder, or None. UserError unless it can read this data source, and has the width and layer of the config."""
+    @property
+    def encoder_name(self):
+        return '' if self.config.token_encoder == 'scratch' else self.config.token_encoder
+
+    def attach(self, encoder):
+        """The token encoder becomes no part of this module, and is in no checkpoint."""
         c = self.config
-        if c.token_encoder == 'scratch':
-            return None
-        encoder = open_encoder(c.token_encoder, device)
-        check_tokenizer(encoder, data, summary=False)
         if encoder.width != c.latent_dim:
-            raise UserError(f'{c.token_encoder} has hidden states of width {encoder.width}: --latent_dim={encoder.width}, not {c.latent_dim}')
+            raise ValueError(f'{c.token_encoder} has hidden states of width {encoder.width}: '
+                             f'--latent_dim={encoder.width}, not {c.latent_dim}')
         if not -encoder.num_layers - 1 <= c.layer <= encoder.num_layers:
-            raise UserError(f'{c.token_encoder} has {encoder.num_layers} layers: --layer=0 (its embeddings) to {encoder.num_layers}, or from the last '
-                            f'one down -1 to {-encoder.num_layers - 1}, not {c.layer}')
-        return fingerprint(encoder.model)
+            raise ValueError(f'{c.token_encoder} has {encoder.num_layers} layers: --layer=0 (its embeddings) to '
+                             f'{encoder.num_layers}, or from the last one down -1 to {-encoder.num_layers - 1}, '
+                             f'not {c.layer}')
+        self.token_encoder = encoder
+
+    def reusable(self, weights, old, new):
+        """Mean and variance of other states are gathered anew."""
+        if any(old.get(k, new.get(k)) != new.get(k) for k in ('token_encoder', 'encoder_weights', 'layer')):
+            return {k: v for k, v in weights.items() if k not in ('state_mean', 'state_std')}
+        return weights
+
+    # --- text -> h -> z -> h_hat -> text ---
 
     @torch.compiler.disable
     @torch.no_grad()
     def raw_states(self, x):
-        """What the frozen token encoder makes of x (b, L): (b, L, D) fp32. It is no part of this module: opened by name, in no checkpoint."""
-        return open_encoder(self.config.token_encoder, x.device)(x, layer=self.config.layer, summary=False)[0].float()
+        """What the frozen token encoder makes of x (b, L): (b, L, D) fp32."""
+        return self.token_encoder(x, layer=self.config.layer, summary=False)[0].float()
 
     def states(self, x):
-        """h (b, L, D) of x (b, L): each feature with mean 0 and variance 1 over the data [paper]. Trained embeddings as they are."""
+        """h (b, L, D) of x (b, L): mean 0 and variance 1 of each feature over the data [paper]; embeddings as they are."""
         if self.config.token_encoder == 'scratch':
             return self.embed(x)
         return (self.raw_states(x) - self.state_mean) / self.state_std
 
     def encode(self, h):
-        """h -> z, both (b, L, D), fp32: latents are not normalised, so that their size is the encoder's to choose."""
+        """h -> z, both (b, L, D), fp32. Latents are not normalised: their size is the encoder's to choose."""
         return self.encoder(h).float()
 
     def decode(self, z):
@@ -332,76 +359,73 @@ class LDLM(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, x_a, x_b, weights):
-        """Decodes (1 - w) z_a + w z_b for each w: texts (b, L), (b, L) -> ids (len(weights), b, L). LDLM figure 3 (left)."""
+        """Decodes (1 - w) z_a + w z_b for each w: two texts (b, L) -> ids (len(weights), b, L). LDLM figure 3 (left)."""
         z_a, z_b = self.encode(self.states(x_a)), self.encode(self.states(x_b))
         return torch.stack([self.tokens((1 - w) * z_a + w * z_b) for w in weights])
 
-    # --- training -----------------------------------------------------------------------------------------------------------------
+    # --- training ---
 
     @torch.no_grad()
-    def begin_step(self, step, draw_rows, noise):
-        """gamma and times for this step; before the first, statistics of the states of training texts draw_rows(n), unless they came along."""
+    def begin_step(self, step, noise, draw_rows):
+        """gamma and times for this step; before the first one, statistics of the states, unless they came along."""
         c = self.config
         self.gamma.fill_(warmup(step, c.encoder_warmup))
         self.times.forget()
         if c.adaptive_t and step and step % c.adaptive_every == 0:
             self.times.refresh()
         if step == 0 and c.token_encoder != 'scratch' and not self.state_std.any():
-            total = torch.zeros(3, c.latent_dim, dtype=wide(self.state_std.device), device=self.state_std.device)
-            for x in draw_rows(math.ceil(STATE_TOKENS / c.block_size))[0].split(16):  # the same ones on every process
-                h = self.raw_states(x).flatten(0, 1).to(total.dtype)
-                total += torch.stack((h.sum(dim=0), h.square().sum(dim=0), torch.full_like(h[0], len(h))))
-            mean, square = total[:2] / total[2]
-            self.state_mean.copy_(mean)
-            self.state_std.copy_((square - mean**2).clamp(min=1e-12).sqrt())
+            self.gather_statistics(draw_rows(math.ceil(STATE_TOKENS / c.block_size))[0])
+
+    def gather_statistics(self, x):
+        """Mean and standard deviation of each feature over texts x (n, L), the same ones on every process."""
+        total = torch.zeros(3, self.config.latent_dim, dtype=wide(x.device), device=x.device)
+        for part in x.split(16):
+            h = self.raw_states(part).flatten(0, 1).to(total.dtype)
+            total += torch.stack((h.sum(dim=0), h.square().sum(dim=0), torch.full_like(h[0], len(h))))
+        mean, square = total[:2] / total[2]
+        self.state_mean.copy_(mean)
+        self.state_std.copy_((square - mean**2).clamp(min=1e-12).sqrt())
+
+    def end_step(self, finite, noise):
+        self.times.learn(finite)
 
     def forward(self, x, noise):
         """Training loss of x (b, L) int64, LDLM eq. (4), and logs."""
-        c, logs = self.config, {'gamma': self.gamma}
-        trains_autoencoder = c.stage in ('joint', 'autoencoder')
+        c, losses, logs = self.config, {}, {'gamma': self.gamma}
+        trains_autoencoder = c.stage in TRAINS_AUTOENCODER
         with torch.set_grad_enabled(trains_autoencoder):
-            h = self.states(x)
-            seen = 1.0
+            h, seen = self.states(x), 1.0                                              # (b, L, D)
             if trains_autoencoder and c.mask_states:
                 seen = noise.uniform('mask_states', x.shape[1])[..., None] >= c.mask_states
-            z = self.encode(h * seen)
-        losses = []
-        if c.stage in ('joint', 'diffusion'):
-            logs['diff_loss'] = self.diffusion_loss(z, noise)
-            losses.append(logs['diff_loss'])
-            p = self.times.p
-            logs['time_bins'] = torch.exp(-torch.special.xlogy(p, p).sum())  # how many are in use: exp(entropy)
-            logs.update(zip(('diff_t0', 'diff_t25', 'diff_t50', 'diff_t75'), self.times.by_quarter()))  # from t = 0, .25, .5, .75 on
+            z = self.encode(h * seen)                                                  # (b, L, D)
+        if c.stage in TRAINS_DENOISER:
+            losses['diff_loss'] = self.diffusion_loss(z, noise)
+            logs['time_bins'] = perplexity(self.times.p)  # how many are in use
+            logs |= zip(('diff_t0', 'diff_t25', 'diff_t50', 'diff_t75'), self.times.by_quarter())  # by quarters of t
         if c.stage != 'diffusion':
-            z_noisy = z + c.sigma_dec * noise.normal('decoder', *z.shape[1:])
-            if trains_autoencoder or c.decode_from == 'states':
-                with torch.set_grad_enabled(trains_autoencoder):
-                    h_hat = self.decode(z_noisy)
-            if trains_autoencoder and c.reconstruction != 'ce' and c.latent_encoder != 'none':
-                logs['state_loss'] = F.mse_loss(h_hat, h)  # LDLM eq. (2)
-                losses.append(logs['state_loss'])
-            if c.token_loss or c.stage == 'decoder':
-                source = h_hat if c.decode_from == 'states' else z_noisy
-                if c.reconstruction == 'mse' or c.stage == 'decoder':
-                    source = source.detach()  # the tokens have no say in what a latent is, LDLM eq. (3)
-                logs['token_loss'], logs['accuracy'] = self.token_loss(source, x)
-                losses.append(logs['token_loss'])
-        logs['loss'] = loss = sum(losses)
-        logs['latent_norm'], logs['latent_var'] = z.norm(dim=-1).mean(), z.flatten(0, 1).var(dim=0).mean()  # |z_l|; per coordinate
-        return loss, {k: v.detach() for k, v in logs.items()}
+            decoded, logs['accuracy'] = self.decoder_losses(x, h, z, noise)
+            losses |= decoded
+        loss = sum(losses.values())
+        logs |= {**losses, 'loss': loss}
+        logs['latent_norm'], logs['latent_var'] = z.norm(dim=-1).mean(), z.flatten(0, 1).var(dim=0).mean()
+        return loss, {k: v.detach() for k, v in logs.items() if v is not None}
 
     def diffusion_loss(self, z, noise):
-        """LDLM eq. (1) for clean latents z (b, L, D) -> scalar. What flows back into z is gamma times the gradient: app. A.2."""
+        """LDLM eq. (1) for clean latents z (b, L, D) -> scalar. What flows back into z is gamma times the gradient.
+
+        Appendix A.2, eq. (28), in a form that leaves the value exactly z; it is input *and* target.
+        """
         c = self.config
-        z = z.detach() + self.gamma * (z - z.detach())  # eq. (28), in a form that leaves the value exactly z; it is input *and* target
-        t = self.times.draw(noise) if c.adaptive_t else noise.times('t')
+        z = z.detach() + self.gamma * (z - z.detach())
+        t = self.times.draw(noise) if c.adaptive_t else noise.times('t')               # (b,)
         alpha, sigma = (level[:, None, None] for level in alpha_sigma(t, c.tangent))
         z_t = alpha * z + sigma * noise.normal('eps', *z.shape[1:])
         z_self = torch.zeros_like(z)
         if c.self_conditioning:
             with torch.no_grad():
-                z_self = self.denoise(z_t, t, z_self) * (noise.uniform('self') < c.self_conditioning)[:, None, None]
-        losses = (self.denoise(z_t, t, z_self) - z).square().mean(dim=(1, 2))
+                shown = noise.uniform('self') < c.self_conditioning
+                z_self = self.denoise(z_t, t, z_self) * shown[:, None, None]
+        losses = (self.denoise(z_t, t, z_self) - z).square().mean(dim=(1, 2))          # (b,)
         self.times.track(t, losses.detach())
         return losses.mean()
 
@@ -410,25 +434,48 @@ class LDLM(nn.Module):
         h = self.z_in(torch.cat((z_t, z_self), dim=-1))
         return self.z_out(self.dit(h, t=[t])).float()
 
+    def decoder_losses(self, x, h, z, noise):
+        """LDLM eq. (2) and (3) for texts x (b, L), states h and latents z (b, L, D) -> {name: scalar}, accuracy or None."""
+        c, losses, accuracy = self.config, {}, None
+        trains_autoencoder = c.stage in TRAINS_AUTOENCODER
+        source = z + c.sigma_dec * noise.normal('decoder', *z.shape[1:])
+        with torch.set_grad_enabled(trains_autoencoder):
+            h_hat = self.decode(source) if trains_autoencoder or c.decode_from == 'states' else None
+        if trains_autoencoder and c.reconstruction != 'ce' and c.latent_encoder != 'none':
+            losses['state_loss'] = F.mse_loss(h_hat, h)                                # eq. (2)
+        if c.token_loss or c.stage == 'decoder':
+            if c.decode_from == 'states':
+                source = h_hat
+            if c.reconstruction == 'mse' or c.stage == 'decoder':
+                source = source.detach()  # the tokens have no say in what a latent is, eq. (3)
+            losses['token_loss'], accuracy = self.token_loss(source, x)
+        return losses, accuracy
+
     def token_loss(self, source, x):
-        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq. (3); and the accuracy at 64 places of the batch."""
+        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq. (3); accuracy at 64 places of the batch."""
         h, ids = self.token_decoder(source).flatten(0, 1), x.flatten()
-        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not the first place of every text
+        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not always a text's first place
         with torch.no_grad():
             accuracy = (self.head(h[some]).argmax(dim=-1) == ids[some]).float().mean()
-        return head_cross_entropy(self.head, h, ids, torch.full_like(ids, 1 / len(ids), dtype=torch.float32)), accuracy
+        weights = torch.full_like(ids, 1 / len(ids), dtype=torch.float32)
+        return head_cross_entropy(self.head, h, ids, weights), accuracy
 
-    # --- sampling -----------------------------------------------------------------------------------------------------------------
+    # --- sampling ---
+
+    def sampling_options(self, strategy='', sampler='', **given):
+        if self.config.stage == 'autoencoder':
+            raise ValueError('stage=autoencoder trains no denoiser to sample with; train one: '
+                             '--stage=diffusion --init_from=out/THAT')
+        return super().sampling_options(strategy, sampler, **given)
 
     @torch.no_grad()
-    def sample(self, n, steps, sampler='euler_maruyama', generator=None, callback=None):
-        """-> (n, L) ids after `steps` calls of the denoiser; decoder and head run once, at the end, or at every step for callback(step, x).
+    def sample(self, n, steps, strategy='', sampler='', generator=None, callback=None, **options):
+        """-> ids (n, L) after `steps` calls of the denoiser; decoder and head run once, at the end.
 
-        euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family], ddim ends at z_0 hat by itself.
+        euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family], and
+        ddim ends at z_0 hat by itself. callback(step, x) has every estimate decoded.
         """
-        c = self.config
-        if c.stage == 'autoencoder':
-            raise UserError('stage=autoencoder trains no denoiser to sample with; train one: --stage=diffusion --init_from=out/THAT')
+        c, sampler = self.config, self.sampling_options(strategy, sampler, **options)['sampler']
         z = torch.randn(n, c.block_size, c.latent_dim, device=self.head.weight.device, generator=generator)
 
         def denoise(z_t, t, z_self):
@@ -441,18 +488,54 @@ class LDLM(nn.Module):
         mean, z_hat = euler_maruyama(denoise, z, steps, c.tangent, generator, callback and decoded)
         return self.tokens(mean if sampler == 'euler_maruyama_mean' else z_hat)
 
-    def flops(self, L):
-        """Forward FLOPs of one denoiser call by the papers' formula: one per fused multiply-add, no head."""
-        return self.dit.flops(L)
+    # --- costs ---
 
-    def flops_once(self, L):
-        """What decoding a text adds to them, once."""
-        halves = [self.token_decoder, self.decoder] if self.config.decode_from == 'states' else [self.token_decoder]
-        return sum(m.flops(L) for half in halves for m in half.modules() if isinstance(m, Transformer))
+    def transformers(self):
+        """Of encoder, decoder and token decoder."""
+        halves = (self.encoder, self.decoder, self.token_decoder)
+        return [m for half in halves for m in half.modules() if isinstance(m, Transformer)]
+
+    def backbones(self):
+        return [*self.transformers(), self.dit]
+
+    def sampling_flops(self, L, steps, **options):
+        """The calls, and decoding once."""
+        decoders = [self.token_decoder, self.decoder] if self.config.decode_from == 'states' else [self.token_decoder]
+        decoding = sum(m.flops(L) for half in decoders for m in half.modules() if isinstance(m, Transformer))
+        return super().sampling_flops(L, steps) + decoding
+
+    def training_flops(self, L):
+        """Denoiser, autoencoder and head, and the forward pass of self-conditioning."""
+        c = self.config
+        if c.stage != 'joint':
+            raise ValueError('the FLOPs of LDLM are counted for stage=joint')
+        trained = self.flops(L) + sum(m.flops(L) for m in self.transformers()) + L * c.latent_dim * c.vocab_size
+        return 6 * trained + 2 * self.flops(L) * (c.self_conditioning > 0)
+
+
+def refuse(c):
+    """ValueError for values that do not go together."""
+    head_dim = c.hidden // c.num_heads
+    if c.latent_dim % head_dim:
+        raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of the '
+                         'denoiser (hidden / num_heads)')
+    if c.token_encoder == 'scratch' and c.reconstruction != 'ce':
+        raise ValueError('trained embeddings are no target for a squared error: token_encoder=scratch needs '
+                         'reconstruction=ce')
+    if c.reconstruction != 'mse' and (not c.token_loss or c.decode_from == 'latents'):
+        raise ValueError(f'reconstruction={c.reconstruction} is a token loss through the latent decoder: '
+                         'token_loss=True, decode_from=states')
+    if c.stage == 'autoencoder' and c.latent_encoder == 'none' and not c.token_loss:
+        raise ValueError('stage=autoencoder with latent_encoder=none and token_loss=False leaves nothing to train')
 
 
 def warmup(step, length, midpoint=0.8, steepness=10.0):
-    """gamma(s), a sigmoid stretched to reach 0 at step 0 and 1 at `length`, LDLM eq. (29), (30); midpoint and steepness [second-hand]."""
+    """gamma(s), a sigmoid stretched to reach 0 at step 0 and 1 at `length`, LDLM eq. (29), (30) [second-hand]."""
     def S(x):
         return 1 / (1 + math.exp(-steepness * (x - midpoint)))
     return (S(step / length) - S(0)) / (S(1) - S(0)) if step < length else 1.0
+
+
+def perplexity(p):
+    """exp(entropy) of probabilities p (n,)."""
+    return torch.exp(-torch.special.xlogy(p, p).sum())

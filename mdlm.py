@@ -1,14 +1,14 @@
 """
-MDLM: masked discrete diffusion for text (Sahoo et al., 2024; LADD section 2.2).
+MDLM: masked discrete diffusion for text (Sahoo et al., 2024, arXiv:2406.07524; LADD section 2.2).
 
-    forward     every token becomes [mask] with probability 1 - alpha_t, on its own; alpha_0 = 1, alpha_1 = 0
+    forward     every token becomes [mask] with probability 1 - alpha_t, independently; alpha_0 = 1, alpha_1 = 0
     denoiser    a DiT that sees x_t, not t, and gives p_theta(x_0 | x_t) at the masked positions
-    loss        E_t  -alpha'_t / (1 - alpha_t)  sum over masked l of  -log p_theta(x_l | x_t)            LADD eq. (6)
+    loss        E_t  -alpha'_t / (1 - alpha_t)  sum over masked l of  -log p_theta(x_l | x_t)     LADD eq. (6)
     sampler     start from all [mask]; from t to s < t reveal each masked position with probability
-                (alpha_s - alpha_t) / (1 - alpha_t), drawing its token from the denoiser                 LADD eq. (47)
+                (alpha_s - alpha_t) / (1 - alpha_t), drawing its token from the denoiser         LADD eq. (47)
 
-The SUBS parameterisation needs no code: the head has no output for [mask], and it is asked about masked positions only.
-Read in this order: schedules, samplers, class MDLM, what it uses.
+The SUBS parameterisation needs no code: the head has no output for [mask], and it is asked about masked
+positions only. Read in this order: schedules, samplers, class MDLM, the rows of the loss.
 """
 import functools
 from dataclasses import dataclass
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from lib.configurator import Keys, key
+from lib.method import Method
 from model import DiT, head_cross_entropy, head_nll
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # schedules: LADD table 7
 
-B_MIN, B_MAX = 1e-3, 20.0  # the geometric schedule's
-SCHEDULES = ('linear', 'polynomial', 'geometric')
+B_MIN, B_MAX = 1e-3, 20.0  # of the geometric schedule
 
 
 def alpha(t, schedule='linear'):
@@ -46,18 +47,21 @@ def elbo_weight(t, schedule='linear'):
 
 def time_grid(steps, device=None):
     """t = 1 ... 0 in equal steps, fp64 (steps + 1,)."""
+    if steps < 1:
+        raise ValueError(f'steps must be at least 1, not {steps}')
     return torch.linspace(1, 0, steps + 1, dtype=wide(device), device=device)
 
 
 def wide(device):
-    """The paper samples in fp64; Apple's GPUs have none."""
+    """The paper samples in fp64, which Apple's GPUs do not have."""
     return torch.float32 if torch.device(device or 'cpu').type == 'mps' else torch.float64
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`, with x_t int64 and where bool, both (n, L)
-# A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1 outcomes, it is safe in low
-# precision (Gumbel noise in fp32 over 50k words is not), and the vocabulary head runs only where a token is about to appear.
+# ------------------------------------------------------------------------------------------------------------
+# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`, x_t int64 and where bool, (n, L)
+# A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1 outcomes.
+# It is safe in low precision, which Gumbel noise in fp32 over 50k words is not, and the vocabulary head runs
+# only where a token is about to appear.
 
 def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits (R, V) -> int64 (R,). temperature 0 takes the mode; top_p < 1 keeps the nucleus."""
@@ -67,16 +71,18 @@ def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
         sorted_probs, ids = probs.sort(dim=-1, descending=True)
-        sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0  # the token that crosses top_p stays
+        # the token that crosses top_p stays
+        sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0
         probs = torch.zeros_like(probs).scatter_(1, ids, sorted_probs)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
 def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):
-    """The first draw of a step t -> s: which positions are revealed, LADD eq. (47), and which are masked again; bool, both like x_t.
+    """The first draw of a step t -> s: which positions are revealed and which are masked again; bool, like x_t.
 
-    eta = 0 is the reverse process itself: nothing is masked again. eta in (0, 1] is ReMDM-rescale (Wang et al., 2025): re-masking
-    at eta times the largest rate that keeps the marginals, except at the positions `given`.
+    eta = 0 is the reverse process itself, LADD eq. (47): nothing is masked again. eta in (0, 1] is
+    ReMDM-rescale (Wang et al., 2025, arXiv:2503.00307): eta times the largest rate of masking again that keeps
+    the marginals, except at the positions `given`.
     """
     masked = x_t == mask_id
     sigma = eta * min(1.0, float((1 - alpha_s) / alpha_t)) if eta else 0.0
@@ -87,7 +93,7 @@ def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):
 
 
 def ancestral(denoise, x, alphas, mask_id, draw=draw_tokens, eta=0.0, generator=None, callback=None):
-    """Reveals the [mask]s of x (n, L) along alphas, an increasing grid from alpha_1 to alpha_0; what x already holds stays."""
+    """Reveals the [mask]s of x (n, L) along alphas, a grid from alpha_1 up to alpha_0; what x already holds stays."""
     given = x != mask_id
     x = x.clone()
     for i, (alpha_t, alpha_s) in enumerate(pairs(alphas)):
@@ -106,9 +112,10 @@ def pairs(alphas):
 
 
 def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callback=None):
-    """The limit of infinitely many ancestral steps in at most L calls (Zheng et al., 2025): one position at a time, in random order.
+    """The limit of infinitely many ancestral steps in at most L calls (Zheng et al., 2025, arXiv:2409.02908).
 
-    Exact because the denoiser does not see the time: only the order of the reveals matters, and every order is equally likely.
+    One position at a time, in random order. Exact because the denoiser does not see the time: only the order
+    of the reveals matters, and every order is equally likely.
     """
     masked = x == mask_id
     order = torch.rand(x.shape, device=x.device, generator=generator).masked_fill(~masked, 2).argsort(dim=1)
@@ -121,34 +128,50 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+DRAW = {'temperature': key(1.0, at_least=0), 'top_p': key(1.0, above=0, at_most=1)}
+SAMPLERS = {'ancestral': DRAW,
+            'first_hitting': DRAW,                                      # as many calls as tokens, whatever steps says
+            'remdm': DRAW | {'eta': key(1.0, at_least=0, at_most=1)}}   # ancestral, but masks some again
+
+
+def reveal_tokens(denoise, x, mask_id, steps, schedule, sampler, temperature, top_p, eta=0.0, generator=None,
+                  callback=None):
+    """The [mask]s of x (n, L) revealed by the sampler of that name."""
+    draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
+    if sampler == 'first_hitting':
+        return first_hitting(denoise, x, mask_id, draw, generator, callback)
+    return ancestral(denoise, x, alpha(time_grid(steps, x.device), schedule), mask_id, draw, eta, generator, callback)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # the method
 
 @dataclass
-class Config:
+class Config(Keys):
     vocab_size: int = 0  # from the data; id vocab_size is [mask]
-    block_size: int = 0  # L
-    hidden: int = 384
-    num_layers: int = 6
-    num_heads: int = 6
-    cond_dim: int = 128
-    dropout: float = 0.0
-    schedule: str = 'linear'  # linear | polynomial | geometric
-    weighting: str = 'elbo'  # elbo: -alpha'/(1-alpha) | constant: 1 (the paper's choice on text)
+    block_size: int = key(0, at_least=0)  # L
+    hidden: int = key(384, at_least=1)
+    num_layers: int = key(6, at_least=1)
+    num_heads: int = key(6, at_least=1, meaning=True)
+    cond_dim: int = key(128, at_least=1)
+    dropout: float = key(0.0, at_least=0, below=1)
+    schedule: str = key('linear', choices=('linear', 'polynomial', 'geometric'))
+    # elbo: -alpha'/(1-alpha) | constant: 1, the paper's choice on text
+    weighting: str = key('elbo', choices=('elbo', 'constant'))
 
 
-class MDLM(nn.Module):
-    strategies, samplers = ('joint',), ('ancestral', 'first_hitting', 'remdm')
+class MDLM(Method):
+    Config, likelihood = Config, 'bound'
+    samplers, takes_prompt = SAMPLERS, True
 
     def __init__(self, config, num_latents=0):
         super().__init__()
         c = self.config = config
-        one_of('schedule', c.schedule, SCHEDULES)
-        one_of('weighting', c.weighting, ('elbo', 'constant'))
         self.mask_id = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size + 1, c.hidden)
         modalities = 2 if num_latents else 1  # LADD is this class with a second modality
-        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.block_size + num_latents, modalities, c.dropout)
+        length = c.block_size + num_latents
+        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, length, modalities, c.dropout)
         self.head = nn.Linear(c.hidden, c.vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
@@ -161,25 +184,28 @@ class MDLM(nn.Module):
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
-        t = 1e-4 + (1 - 1e-4) * noise.times('t_x', in_order=True)  # from 1e-4 on, as in the official code: the weight is 1 / t
+        t = times_from(1e-4, noise.times('t_x', shuffled=False))  # as in the official code: the weight is 1 / t
         x_t, mask = self.corrupt(x, t, noise)
-        h = self.dit(self.embed(x_t))
+        h = self.dit(self.embed(x_t))                                                  # (b, L, d)
         loss, overflow = self.token_loss(h, x, mask, t)
         return loss, {'loss': loss.detach(), 'overflow': overflow}
 
-    def token_loss(self, h, x, mask, t, uniform=True):
-        """The weighted cross-entropy at the masked positions, per token: LADD eq. (6), (12). h (b, L, d) -> scalar, overflow count."""
-        rows, used, overflow = masked_rows(mask, uniform)
+    def token_loss(self, h, x, mask, t, stratified=True):
+        """The weighted cross-entropy at the masked positions, per token: LADD eq. (6), (12).
+
+        h (b, L, d), x and mask (b, L), t (b,) -> scalar, and how many masked positions found no slot (see masked_rows).
+        """
+        rows, used, overflow = masked_rows(mask, stratified)                           # (R,), (R,)
         weight = elbo_weight(t, self.config.schedule) if self.config.weighting == 'elbo' else torch.ones_like(t)
-        weights = weight.repeat_interleave(x.shape[1])[rows] * used / x.numel()
+        weights = weight.repeat_interleave(x.shape[1])[rows] * used / x.numel()        # (R,)
         return head_cross_entropy(self.head, h.flatten(0, 1)[rows], x.flatten()[rows], weights), overflow
 
-    @torch.no_grad()
-    def nll(self, x, noise):
-        """Unbiased one-time estimate of the negative ELBO, >= -log p(x): x (b, L) -> nats per sequence (b,)."""
+    def nll_parts(self, x, noise, strategy='joint', z_0=None):
+        """One unbiased estimate of the negative ELBO at one time, >= -log p(x) on average: nats (b,)."""
         t = noise.times('t_x')
         x_t, mask = self.corrupt(x, t, noise)
-        return elbo_weight(t, self.config.schedule) * self.masked_nll(self.dit(self.embed(x_t)), x, mask) + self.reconstruction(x, noise)
+        nats = elbo_weight(t, self.config.schedule) * self.masked_nll(self.dit(self.embed(x_t)), x, mask)
+        return {'val': nats + self.reconstruction(x, noise)}
 
     def masked_nll(self, h, x, mask):
         """Sum over the masked positions of -log p(x_l | x_t): h (b, L, d) -> nats (b,)."""
@@ -188,7 +214,7 @@ class MDLM(nn.Module):
         return nats.sum(dim=1)
 
     def reconstruction(self, x, noise):
-        """E[-log p(x_0 | x_t)] at t = 0, LADD eq. (53): nothing unless the schedule starts below alpha = 1 (geometric)."""
+        """E[-log p(x_0 | x_t)] at t = 0, LADD eq. (53): nothing unless alpha_0 < 1 (the geometric schedule)."""
         if self.config.schedule != 'geometric':
             return 0.0
         x_0, mask = self.corrupt(x, torch.zeros(len(x), device=x.device), noise)
@@ -199,48 +225,50 @@ class MDLM(nn.Module):
         active = where.any(dim=1)
         return self.head(self.dit(self.embed(x_t[active]))[where[active]])
 
+    def all_masked(self, n):
+        return torch.full((n, self.config.block_size), self.mask_id, device=self.head.weight.device)
+
     @torch.no_grad()
-    def sample(self, n, steps, sampler='ancestral', eta=1.0, temperature=1.0, top_p=1.0, x=None, generator=None, callback=None):
-        """-> (n, L) ids. x: (n, L) start with [mask]s to fill (default: all masked); callback(step, x) sees every step."""
-        device = self.head.weight.device
-        if x is None:
-            x = torch.full((n, self.config.block_size), self.mask_id, device=device)
-        return run_sampler(self.denoise, x, self.mask_id, steps, self.config.schedule, sampler, eta, temperature, top_p, generator, callback)
+    def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
+        """-> ids (n, L). x: (n, L) to start from, in which [mask]s are filled in (default: all masked).
 
-    def flops(self, L):
-        """Forward FLOPs of one denoiser call by the paper's formula: one per fused multiply-add, no head."""
-        return self.dit.flops(L)
+        options: temperature, top_p, and eta of remdm. callback(step, x) sees every step.
+        """
+        options = self.sampling_options(strategy, sampler, **options)
+        del options['strategy']
+        x = self.all_masked(n) if x is None else x
+        return reveal_tokens(self.denoise, x, self.mask_id, steps, self.config.schedule, **options,
+                             generator=generator, callback=callback)
+
+    def denoiser_calls(self, steps, sampler='', **options):
+        return self.config.block_size if sampler == 'first_hitting' else steps
+
+    def training_flops(self, L):
+        """Half of the positions are masked on average, and only they reach the head."""
+        return 6 * (self.flops(L) + L / 2 * self.config.hidden * self.config.vocab_size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# what the methods use
+# ------------------------------------------------------------------------------------------------------------
+# times and rows of the loss
 
-def masked_rows(mask, uniform=True):
-    """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed before the mask is drawn.
+def times_from(t_min, t):
+    """t in [0, 1] -> [t_min, 1]."""
+    return t_min + (1 - t_min) * t
 
-    A fixed shape keeps the step free of host synchronisation and of recompilation. The number of slots is the mean count, plus the most
-    that the common offset of b evenly spaced times can add to it, plus 6 sigma of the coins. For other times: every position.
+
+def masked_rows(mask, stratified=True):
+    """Row numbers of the masked positions of mask (b, L), in a number of slots fixed before the mask is drawn.
+
+    A fixed shape keeps the step free of host synchronisation and recompilation. For stratified times the
+    number of slots is the mean count, plus the most that the common offset of b evenly spaced times can add to
+    it, plus 6 sigma of the coin flips; for other times it is every position.
     -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
     """
     b, L = mask.shape
-    capacity = min(b * L, int(b * L / 2 + L / 2 + 6 * (b * L / 6) ** 0.5) + 1) if uniform else b * L
+    capacity = min(b * L, int(b * L / 2 + L / 2 + 6 * (b * L / 6) ** 0.5) + 1) if stratified else b * L
     flat = mask.flatten()
     if mask.device.type == 'cpu' and not torch.compiler.is_compiling():
-        # there is nobody to synchronise with: drop empty slots, but keep to a few sizes, since the CPU's kernels are cached by shape
+        # nothing to synchronise with: drop empty slots, but keep to a few sizes, for which the CPU caches kernels
         capacity = min(capacity, int(flat.sum()) // 64 * 64 + 64)
     rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
     return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)
-
-
-def one_of(key, value, allowed):
-    if value not in allowed:
-        raise ValueError(f'{key} is one of {", ".join(allowed)}, not {value!r}')
-
-
-def run_sampler(denoise, x, mask_id, steps, schedule, sampler, eta, temperature, top_p, generator, callback):
-    """Token sampling by name, for the methods' `sample`."""
-    draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
-    if sampler == 'first_hitting':
-        return first_hitting(denoise, x, mask_id, draw, generator, callback)
-    alphas = alpha(time_grid(steps, x.device), schedule)
-    return ancestral(denoise, x, alphas, mask_id, draw, eta if sampler == 'remdm' else 0.0, generator, callback)

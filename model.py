@@ -1,10 +1,11 @@
 """
 The backbone of every method here: DiT and MM-DiT. Nothing about diffusion.
 
-A DiT block (Peebles & Xie, 2023) is LayerNorm -> attention -> LayerNorm -> MLP, each branch shifted, scaled and gated by a linear
-function of a conditioning vector that starts at zero (AdaLN-Zero). An MM-DiT block (Esser et al., 2024) is the same for several
-modalities: each owns all its weights, and one attention runs over the concatenation of their positions. So a DiT is an MM-DiT
-with one modality, and both are written once: lists hold one entry per modality.
+A DiT block (Peebles & Xie, 2023, arXiv:2212.09748) is LayerNorm -> attention -> LayerNorm -> MLP, each branch
+shifted, scaled and gated by a linear function of a conditioning vector. The function starts at zero: AdaLN-Zero.
+An MM-DiT block (Esser et al., 2024, arXiv:2403.03206) is the same for several modalities: each owns all its
+weights, and one attention runs over the concatenation of their positions. So a DiT is an MM-DiT with one
+modality, and both are written once: lists hold one entry per modality.
 """
 import math
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 
 def rope_table(length, head_dim, base=10000.0):
-    """cos and sin of RoPE (Su et al., 2021), each (length, head_dim / 2)."""
+    """cos and sin of RoPE (Su et al., 2021, arXiv:2104.09864), each (length, head_dim / 2)."""
     freqs = base ** (-torch.arange(0, head_dim, 2) / head_dim)
     angles = torch.arange(length)[:, None] * freqs
     return angles.cos(), angles.sin()
@@ -29,7 +30,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, causal):
     """softmax(q k^T / sqrt(head_dim)) v, each (B, H, S, head_dim)."""
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
-        # PyTorch's fused kernel is slow here: spelled out, forward + backward takes a third to a fifth of its time at S = 128
+        # PyTorch's fused kernel is slow here: spelled out, a step takes a third to a fifth of its time at S = 128
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
         if causal:
             scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
@@ -46,7 +47,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, cond_dim, num_freqs=128):
         super().__init__()
-        self.register_buffer('freqs', 1000 * torch.exp(-math.log(10000) * torch.arange(num_freqs) / num_freqs), persistent=False)
+        freqs = 1000 * torch.exp(-math.log(10000) * torch.arange(num_freqs) / num_freqs)
+        self.register_buffer('freqs', freqs, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * num_freqs, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim), nn.SiLU())
 
     def forward(self, t):
@@ -55,7 +57,10 @@ class TimeEmbedding(nn.Module):
 
 
 class Modality(nn.Module):
-    """What one modality owns in a block: norms, QKV, output, MLP and AdaLN (the last starts at zero: every block begins as the identity)."""
+    """What one modality owns in a block: norms, QKV, output, MLP, and AdaLN.
+
+    AdaLN starts at zero (see DiT), so every block begins as the identity.
+    """
 
     def __init__(self, d, cond_dim, dropout):
         super().__init__()
@@ -75,19 +80,21 @@ class Block(nn.Module):
         self.num_heads, self.causal = num_heads, causal
 
     def forward(self, xs, cs, cos, sin, cache=None):
-        """xs: per modality (B, S_i, d);  cs: per modality (B, cond_dim);  cos, sin: RoPE of all positions in a row -> like xs."""
+        """xs: per modality (B, S_i, d);  cs: per modality (B, cond_dim);  cos, sin: RoPE of all S positions -> like xs."""
         B, d = xs[0].shape[0], xs[0].shape[2]
-        ada = [m.ada(c).chunk(6, dim=-1) for m, c in zip(self.modalities, cs)]  # shift, scale, gate of attention; the same of the MLP
+        # shift, scale and gate of attention, then those of the MLP
+        ada = [m.ada(c).chunk(6, dim=-1) for m, c in zip(self.modalities, cs)]
 
         # one attention over all positions of all modalities
         qkv = [m.qkv(modulate(m.norm1(x), *a[:2])) for m, x, a in zip(self.modalities, xs, ada)]
-        qkv = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1)
-        q, k, v = qkv.view(B, -1, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # each (B, H, S, d / H)
+        qkv = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1)                       # (B, S, 3 d)
+        qkv = qkv.view(B, -1, 3, self.num_heads, d // self.num_heads)                  # (B, S, 3, H, d / H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                           # each (B, H, S, d / H)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:  # (k, v) of earlier positions, for sampling token by token
             k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache, (k, v)))
             cache[:] = k, v
-        y = attend(q, k, v, causal=self.causal and q.shape[2] == k.shape[2])
+        y = attend(q, k, v, causal=self.causal and q.shape[2] == k.shape[2])           # (B, H, S, d / H)
         ys = y.transpose(1, 2).reshape(B, -1, d).split([x.shape[1] for x in xs], dim=1)
 
         out = []
@@ -98,13 +105,19 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Embedded positions in, hidden states out; with modalities = 2 this is the MM-DiT. Embeddings and heads belong to the methods."""
+    """Embedded positions in, hidden states out; with modalities = 2 this is the MM-DiT.
+
+    Embeddings and heads belong to the methods.
+    """
 
     def __init__(self, hidden, num_layers, num_heads, cond_dim, max_len, modalities=1, dropout=0.0, causal=False):
         super().__init__()
+        if hidden % (2 * num_heads):
+            raise ValueError(f'hidden={hidden} does not divide into {num_heads} heads of an even width')
         self.hidden, self.num_layers = hidden, num_layers
         self.time = nn.ModuleList(TimeEmbedding(cond_dim) for _ in range(modalities))
-        self.blocks = nn.ModuleList(Block(hidden, num_heads, cond_dim, modalities, dropout, causal) for _ in range(num_layers))
+        blocks = (Block(hidden, num_heads, cond_dim, modalities, dropout, causal) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
         self.ada = nn.ModuleList(nn.Linear(cond_dim, 2 * hidden) for _ in range(modalities))
         cos, sin = rope_table(max_len, hidden // num_heads)
@@ -115,14 +128,15 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, *xs, t=None, caches=None, depth=None):
-        """xs: per modality (B, S_i, d);  t: per modality times (B,), or None for a constant 0 -> hidden states, one (B, S_i, d) per modality.
+        """xs: per modality (B, S_i, d) -> hidden states, one (B, S_i, d) per modality.
 
-        caches: one [k, v] list per block, each (B, H, positions so far, d / H), grown in place (causal sampling).
-        depth: stop after that many blocks, without the last norm (of one modality).
+        t: per modality times (B,), or None for a constant 0
+        caches: one list [k, v] per block, each (B, H, positions so far, d / H), grown in place (causal sampling)
+        depth: stop after that many blocks, without the last norm (of one modality)
         """
         B, S = xs[0].shape[0], sum(x.shape[1] for x in xs)
         ts = t or [None] * len(xs)
-        # a constant time gives one conditioning vector for the whole batch: (1, cond_dim), broadcast in every block
+        # a constant time makes one conditioning vector for the whole batch: (1, cond_dim), broadcast in every block
         cs = [embed(xs[0].new_zeros(1) if t is None else t) for embed, t in zip(self.time, ts)]
         start = caches[0][0].shape[2] if caches else 0
         cos, sin = self.cos[start:start + S], self.sin[start:start + S]
@@ -134,22 +148,23 @@ class DiT(nn.Module):
         return hs[0] if len(hs) == 1 else hs
 
     def flops(self, S):
-        """Forward FLOPs for S positions as the paper's tables count them: one per fused multiply-add, neither embedding nor head."""
+        """Forward FLOPs for S positions as the papers count: one per fused multiply-add, no embedding, no head."""
         return self.num_layers * (12 * S * self.hidden**2 + 2 * S**2 * self.hidden)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need it, some at a time
+# ------------------------------------------------------------------------------------------------------------
+# the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need it, and
+# some of them at a time
 
 def rows_at_once(vocab_size, device, cpu=2**25, gpu=2**28):
-    """How many rows of logits to hold at once, from the number of logits that may be (2^25 bf16 numbers are 64 MiB)."""
+    """How many rows of logits to hold at once, given how many logits there may be (2^25 bf16 numbers are 64 MiB)."""
     return max(1, (gpu if device.type == 'cuda' else cpu) // vocab_size)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i), whose gradients are formed chunk by chunk in the forward pass.
+    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i), with gradients formed chunk by chunk in the forward pass.
 
-    So the (rows, V) logits never exist: only a chunk of them does, once, and backward merely scales what is already there.
+    So the (rows, V) logits never exist as a whole. Backward only scales the gradients that are already there.
     """
 
     @staticmethod
@@ -168,10 +183,10 @@ class HeadCrossEntropy(torch.autograd.Function):
                 loss -= (w * log_p_target).sum()
                 d_logits.copy_(log_p.exp_())
                 d_logits.scatter_(1, t, log_p_target.expm1().to(d_logits.dtype))  # p, and p - 1 at the target
-            dh[chunk] = weight * (logits @ W)  # the weights go where numbers are few
+            dh[chunk] = weight * (logits @ W)  # scale (rows, d) instead of (rows, V): fewer multiplications
             dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
             db += weights[chunk].to(logits.dtype) @ logits
-            del logits, d_logits  # or the next chunk would come to lie beside this one
+            del logits, d_logits  # free this chunk's logits before the next chunk allocates its own
         ctx.save_for_backward(dh, dW, db)
         return loss
 

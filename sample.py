@@ -2,13 +2,12 @@
 Samples from a checkpoint of any method, with or without a prompt.
 
     python sample.py --out_dir=out/NAME --num_samples=16 --steps=32
-    python sample.py --out_dir=out/NAME --show --start="ROMEO: [MASK:40] Juliet!"      fills the gap, then goes on after "Juliet!"
-    python sample.py --out_dir=out/NAME --save=samples.npy                             int array (num_samples, L); .jsonl: ids and text
+    python sample.py --out_dir=out/NAME --show --start="ROMEO: [MASK:40] Juliet!"    fills the gap, then goes on
+    python sample.py --out_dir=out/NAME --save=samples.npy            int array (num_samples, L); .jsonl: ids and text
 
-A sample is what the method was trained on: a chunk of L tokens from documents joined by EOS. So what follows an EOS is the beginning
-of another document; nothing is cut off, neither here nor in the metrics of eval.py.
+A sample is what the method was trained on: a chunk of L tokens from documents joined by EOS. So what follows an
+EOS is the beginning of another document; nothing is cut off, neither here nor in the metrics of eval.py.
 """
-import inspect
 import itertools
 import json
 import math
@@ -17,68 +16,77 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from lib.checkpoint import backbones, compile_in_place, is_run, load_method, pick_device
-from lib.configurator import UserError, configure, run
+from lib.checkpoint import is_run
+from lib.configurator import Keys, UserError, configure, defaults_of, key, run
+from lib.device import compile_in_place, pick_device
+from lib.files import whole
 from lib.tokens import DATA, Char, load_tokenizer, read_meta
-
-shared = dict(  # with eval.py
-    out_dir='',                # a run of train.py ...
-    init_from='',              # ... or HUB_ID, published weights
-    strategy='',               # joint | seq; empty: the method's first
-    latent_steps=8,            # of --strategy=seq: denoiser calls for the latent
-    sampler='',                # ancestral | first_hitting (as many calls as tokens, whatever steps says) | remdm
-    eta=1.0,                   # of --sampler=remdm: how much is masked again
-    temperature=1.0,
-    top_p=1.0,
-    seed=0,
-    batch_size=32,
-    device='auto',             # auto | cpu | cuda | mps
-    dtype='float32',           # of the matrix products: float32 | bfloat16; draws are in fp64
-    compile=False,             # torch.compile the networks: for many samples, since it takes a minute
-)
-defaults = dict(
-    num_samples=16,
-    steps=32,                  # denoiser calls for the tokens
-    start='',                  # prompt; [MASK:n] stands for n tokens to fill in, [MASK] for one
-    show=False,                # draw the denoising of the first sample of each batch
-    save='',                   # FILE.npy | FILE.jsonl
-    **shared)
+from methods import open_published, open_run
 
 
-def read_arguments(defaults, argv):
-    """configure -> namespace; UserError if a run is named by its config file, its checkpoint, as --init_from or without a key."""
+@dataclass
+class Shared(Keys):
+    """Keys that eval.py has, too."""
+    out_dir: str = ''              # a run of train.py ...
+    init_from: str = ''            # ... or HUB_ID, published weights
+    strategy: str = ''             # joint | seq; empty: the method's first
+    latent_steps: int = 8          # of --strategy=seq: denoiser calls for the latent
+    sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | remdm
+    eta: float = 1.0               # of --sampler=remdm: how much is masked again
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = key(32, at_least=1)
+    device: str = 'auto'           # auto | cpu | cuda | mps
+    dtype: str = key('float32', choices=('float32', 'bfloat16'))  # of the matrix products; draws are in fp64
+    compile: bool = False          # torch.compile the networks: for many samples, since it takes a minute
+
+
+@dataclass
+class Config(Shared):
+    num_samples: int = key(16, at_least=1)
+    steps: int = key(32, at_least=1)  # denoiser calls for the tokens
+    start: str = ''                # prompt; [MASK:n] stands for n tokens to fill in, [MASK] for one
+    show: bool = False             # draw the denoising of the first sample of each batch
+    save: str = ''                 # FILE.npy | FILE.jsonl
+
+
+# ------------------------------------------------------------------------------------------------------------
+# opening a model
+
+def read_arguments(Keys, argv):
+    """configure -> namespace. UserError if a run is named by its config file, its checkpoint, or without a key."""
     for arg in argv:
-        key, _, name = arg.rpartition('=')
-        folder = re.sub(r'^config/(.*)\.py$', r'out/\1', name).removesuffix('/ckpt.pt')
-        if key == '--out_dir' and folder != name or key in ('', '--init_from') and is_run(folder):
+        name, _, value = arg.rpartition('=')
+        folder = re.sub(r'^config/(.*)\.py$', r'out/\1', value).removesuffix('/ckpt.pt')
+        if name == '--out_dir' and folder != value or name in ('', '--init_from') and is_run(folder):
             raise UserError(f'{arg}: a run is named by its folder, --out_dir={folder}')
-    return SimpleNamespace(**configure(defaults, argv))
+    return SimpleNamespace(**configure(Keys, argv))
 
 
 def open_model(c, device):
     """--out_dir or --init_from -> (method on device, its config with `step`, None for published weights)."""
     if bool(c.out_dir) == bool(c.init_from):
-        raise UserError('name one model: --out_dir=out/NAME (a run of train.py) or --init_from=HUB_ID (published weights)')
-    if c.init_from:
-        from lib.hub import load_hub
-        method, config = load_hub(c.init_from, device)
-        config['step'] = None
-    else:
-        method, checkpoint = load_method(c.out_dir, device)
-        config = {**checkpoint['config'], 'step': checkpoint['step']}
+        raise UserError('name one model: --out_dir=out/NAME (a run of train.py) or --init_from=HUB_ID '
+                        '(published weights)')
+    method, config = open_run(c.out_dir, device) if c.out_dir else open_published(c.init_from, device)
     if c.compile:
-        compile_in_place(backbones(method), device)
+        compile_in_place(method.backbones(), device)
     return method, config
 
 
 def open_tokenizer(config):
-    """The tokenizer of a model's training data; wrap says whether its texts are BOS ... EOS. Sawtooth's two tokens become a picture."""
+    """The tokenizer of a model's training data; wrap says whether its texts are BOS ... EOS.
+
+    The two tokens of sawtooth become a picture.
+    """
     if config.get('dataset') == 'sawtooth':
         tok = Char('▁█', eos=False)
         tok.wrap = False
@@ -86,44 +94,33 @@ def open_tokenizer(config):
     if 'tokenizer' not in config:
         folder = os.path.join(DATA, config['dataset'])
         config = read_meta(folder if os.path.isdir(folder) else config['dataset'])
-    tok = load_tokenizer(config)
+    tok = load_tokenizer(config['tokenizer'])
     tok.wrap = config['wrap']
     return tok
 
 
 def sampling_options(c, method):
-    """Flags -> keyword arguments of method.sample, all of them, so that a record of them repeats the samples. UserError for what is not there."""
-    for good, message in [
-            (c.num_samples >= 1 and c.batch_size >= 1 and c.latent_steps >= 1, 'num_samples, batch_size and latent_steps must be at least 1'),
-            (c.temperature >= 0, f'temperature must not be negative, as {c.temperature} is'),
-            (0 < c.top_p <= 1, f'top_p must be in (0, 1], not {c.top_p}'),
-            (0 <= c.eta <= 1, f'eta must be in [0, 1], not {c.eta}'),
-            (c.dtype in ('bfloat16', 'float32'), f'dtype is bfloat16 or float32, not {c.dtype!r}')]:
-        if not good:
-            raise UserError(message)
-    name, takes, options = type(method).__name__, inspect.signature(method.sample).parameters, {}
-    for key, known in (('strategy', method.strategies), ('sampler', method.samplers)):
-        value = getattr(c, key) or known[0]
-        if value not in known:
-            raise UserError(f'{name} has no {key} {value!r}; it has: {", ".join(known)}')
-        if key in takes:
-            options[key] = value
-    if options.get('strategy') == 'joint' and options.get('sampler') == 'first_hitting':
-        raise UserError('first_hitting reveals one token per call, which gives the latent no steps: use it with --strategy=seq')
-    for key, used, where in [('latent_steps', options.get('strategy') == 'seq', 'with --strategy=seq'),
-                             ('eta', options.get('sampler') == 'remdm', 'with --sampler=remdm'),
-                             ('temperature', 'temperature' in takes, f'not with {name}'), ('top_p', 'top_p' in takes, f'not with {name}')]:
-        if used:
-            options[key] = getattr(c, key)
-        elif getattr(c, key) != shared[key]:
-            raise UserError(f'--{key} works {where}')
+    """Flags -> every option of method.sample, so that a record of them repeats the samples. UserError for a wrong one.
+
+    What a method has only one of is left out.
+    """
+    defaults = defaults_of(type(c) if isinstance(c, Keys) else Shared)
+    given = {k: getattr(c, k) for k in ('latent_steps', 'eta', 'temperature', 'top_p') if getattr(c, k) != defaults[k]}
+    try:
+        options = method.sampling_options(c.strategy, c.sampler, **given)
+    except ValueError as e:
+        raise UserError(e) from e
+    if len(method.strategies) == 1:
+        del options['strategy']
+    if len(method.samplers) == 1:
+        del options['sampler']
     return options
 
 
 def read_prompt(start, tok, L, method):
     """'...[MASK:40]...' -> ids (L,) in which [mask] marks what is to be filled in."""
-    if 'x' not in inspect.signature(method.sample).parameters:
-        raise UserError(f'{type(method).__name__} takes no prompt')
+    if not method.takes_prompt:
+        raise UserError(f'{method.name} takes no prompt')
     parts = re.split(r'\[MASK(?::(\d+))?\]', start)  # text, n or None, text, n or None, ..., text
     ids = [tok.bos_id] if tok.wrap else []
     for text, n in zip(parts[::2], parts[1::2] + ['0']):
@@ -137,7 +134,10 @@ def read_prompt(start, tok, L, method):
 
 
 def generate(method, n, steps, batch_size, seed, prompt=None, **options):
-    """-> (n, L) ids on the CPU, a function of the seed and of how n falls into batches. options: see method.sample; prompt: (L,) ids."""
+    """-> (n, L) ids on the CPU, a function of the seed and of how n falls into batches.
+
+    options: see method.sample; prompt: (L,) ids.
+    """
     device = next(method.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     batches = []
@@ -149,7 +149,7 @@ def generate(method, n, steps, batch_size, seed, prompt=None, **options):
     return torch.cat(batches)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the denoising, live: [mask] is a dim block, a token just revealed is green
 
 def styled(x, before, decode, mask_id):
@@ -157,7 +157,7 @@ def styled(x, before, decode, mask_id):
     def style(l):
         return '\033[2m' if x[l] == mask_id else '\033[1;32m' if x[l] != before[l] else ''
     chars = []
-    for s, run_of in itertools.groupby(range(len(x)), key=style):  # decoded in runs: a character may be more than one token
+    for s, run_of in itertools.groupby(range(len(x)), key=style):  # in runs: a character may be several tokens
         ids = [x[l] for l in run_of]
         chars += [(s, char) for char in ('░' * len(ids) if ids[0] == mask_id else decode(ids))]
     return chars
@@ -176,7 +176,7 @@ def fit_screen(chars, columns, lines):
 
 
 def show(decode, mask_id, out):
-    """A callback for the samplers: redraws in place on a terminal; elsewhere prints after 1, 2, 4, 8, ... steps."""
+    """A callback for the samplers: redraws in place on a terminal, elsewhere prints after 1, 2, 4, 8, ... steps."""
     before, last = [], math.inf
 
     def callback(i, x):
@@ -188,7 +188,8 @@ def show(decode, mask_id, out):
         if out.isatty():
             size = shutil.get_terminal_size()
             drawn = fit_screen(chars, size.columns, size.lines - 2)
-            runs = (style + ''.join(char for _, char in group) + '\033[0m' for style, group in itertools.groupby(drawn, key=lambda pair: pair[0]))
+            groups = itertools.groupby(drawn, key=lambda pair: pair[0])
+            runs = (style + ''.join(char for _, char in group) + '\033[0m' for style, group in groups)
             out.write('\033[H\033[J' + ''.join(runs) + f'\n\033[2mstep {i + 1}\033[0m\n')
             out.flush()
             time.sleep(0.05)  # for the eye
@@ -198,30 +199,10 @@ def show(decode, mask_id, out):
     return callback
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def whole_file(path):
-    """A file to write in binary that gets its name when the block ends well, and leaves nothing otherwise."""
-    try:
-        f = open(path + '.tmp', 'wb')
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror})') from e
-    try:
-        with f:
-            yield f
-        os.replace(path + '.tmp', path)
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror})') from e
-    finally:
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
-
+# ------------------------------------------------------------------------------------------------------------
 
 def main(argv):
-    c = read_arguments(defaults, argv)
-    if c.steps < 1:
-        raise UserError(f'steps must be at least 1, not {c.steps}')
+    c = read_arguments(Config, argv)
     if c.save and not c.save.endswith(('.npy', '.jsonl')):
         raise UserError(f'--save={c.save}: the name ends with .npy (ids) or .jsonl (ids and text)')
     if '--start=' in argv:
@@ -232,21 +213,21 @@ def main(argv):
     tok = open_tokenizer(config)
     prompt = read_prompt(c.start, tok, config['block_size'], method) if c.start else None
     if c.show:
-        options['callback'] = show(tok.decode, getattr(method, 'mask_id', None), sys.stdout)
-
-    with whole_file(c.save) if c.save else nullcontext() as f:
+        options['callback'] = show(tok.decode, method.mask_id, sys.stdout)
+    with whole(c.save) if c.save else nullcontext() as temp:
         with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
             try:
                 x = generate(method, c.num_samples, c.steps, c.batch_size, c.seed, prompt, **options)
-            except ValueError as e:
-                if prompt is None:
-                    raise
-                raise UserError(e) from e  # a gap in the middle is not for AR
+            except ValueError as e:  # of a prompt: AR fills no gap in the middle
+                raise UserError(e) from e
         texts = [tok.decode(ids) for ids in x.tolist()]
         if c.save.endswith('.npy'):
-            np.save(f, x.numpy())
+            with open(temp, 'wb') as f:  # np.save would add .npy to a name
+                np.save(f, x.numpy())
         elif c.save:
-            f.writelines((json.dumps({'ids': ids, 'text': text}, ensure_ascii=False) + '\n').encode() for ids, text in zip(x.tolist(), texts))
+            with open(temp, 'w', encoding='utf-8') as f:
+                f.writelines(json.dumps({'ids': ids, 'text': text}, ensure_ascii=False) + '\n'
+                             for ids, text in zip(x.tolist(), texts))
     for i, text in enumerate(texts):
         print(f'--- sample {i + 1}\n{text}')
     if c.save:
@@ -254,4 +235,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, Config)

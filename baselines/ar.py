@@ -3,32 +3,35 @@ AR: the left-to-right language model that the tables compare with.
 
     p(x) = prod_l p_theta(x_l | x_0 ... x_{l-1})
 
-Same blocks, embedding and head as MDLM, number for number; only the attention is causal. The input is the text moved one place to
-the right behind a learned start vector, so that all L tokens are scored, the first one too: -log p(x) is exact, and it is the
-quantity that MDLM bounds.
+Same blocks, embedding and head as MDLM, number for number; only the attention is causal. The input is the text
+moved one place to the right behind a learned start vector, so that all L tokens are scored, the first one too:
+-log p(x) is exact, and it is the quantity that MDLM bounds.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from mdlm import draw_tokens
+from lib.configurator import Keys, key
+from lib.method import Method
+from mdlm import DRAW, draw_tokens
 from model import DiT, head_cross_entropy, head_nll
 
 
 @dataclass
-class Config:
+class Config(Keys):
     vocab_size: int = 0  # from the data; id vocab_size is the start in the input, and an open place in a prompt
-    block_size: int = 0  # L
-    hidden: int = 384
-    num_layers: int = 6
-    num_heads: int = 6
-    cond_dim: int = 128  # AdaLN stays, fed a constant, so that MDLM has no parameter more
-    dropout: float = 0.0
+    block_size: int = key(0, at_least=0)  # L
+    hidden: int = key(384, at_least=1)
+    num_layers: int = key(6, at_least=1)
+    num_heads: int = key(6, at_least=1, meaning=True)
+    cond_dim: int = key(128, at_least=1)  # AdaLN stays, fed a constant, so that MDLM has no parameter more
+    dropout: float = key(0.0, at_least=0, below=1)
 
 
-class AR(nn.Module):
-    strategies, samplers = ('joint',), ('ancestral',)
+class AR(Method):
+    Config, likelihood = Config, 'exact'
+    samplers, takes_prompt = {'ancestral': DRAW}, True
 
     def __init__(self, config):
         super().__init__()
@@ -46,8 +49,8 @@ class AR(nn.Module):
         return torch.cat((x.new_full((len(x), 1), self.mask_id), x[:, :-1]), dim=1)
 
     def forward(self, x, noise):
-        """Training loss per token of x (b, L) int64, and logs. There is no noise: the argument is the other methods'."""
-        h = self.dit(self.embed(self.shifted(x)))
+        """Training loss per token of x (b, L) int64, and logs. noise is what other methods need."""
+        h = self.dit(self.embed(self.shifted(x)))                                      # (b, L, d)
         weights = torch.full((x.numel(),), 1 / x.numel(), device=x.device)
         loss = head_cross_entropy(self.head, h.flatten(0, 1), x.flatten(), weights)
         return loss, {'loss': loss.detach()}
@@ -58,15 +61,16 @@ class AR(nn.Module):
         h = self.dit(self.embed(self.shifted(x)))
         return head_nll(self.head, h.flatten(0, 1), x.flatten()).view(x.shape)
 
-    def nll(self, x, noise=None):
-        """Exactly -log p(x): x (b, L) -> nats per sequence (b,)."""
-        return self.token_nll(x).sum(dim=1)
+    def nll_parts(self, x, noise=None, strategy='joint', z_0=None):
+        """Exactly -log p(x): x (b, L) -> nats (b,)."""
+        return {'val': self.token_nll(x).sum(dim=1)}
 
     @torch.no_grad()
     def states(self, x, blank=None, layer=-1):
         """As an encoder: x (b, l <= L) -> hidden states (b, l, d), each with its own token read.
 
-        blank: bool (b, l), tokens whose embedding is zeroed;  layer: -1 the output, -2 before the last block, and so on down to the embedding.
+        blank: bool (b, l), tokens whose embedding is zeroed
+        layer: -1 the output, -2 the input of the last block, and so on down to the embedding
         """
         e = self.embed(torch.cat((x.new_full((len(x), 1), self.mask_id), x), dim=1))
         if blank is not None:
@@ -75,13 +79,13 @@ class AR(nn.Module):
         return self.dit(e, depth=blocks if blocks < self.config.num_layers else None)[:, 1:]
 
     @torch.no_grad()
-    def sample(self, n, steps=None, temperature=1.0, top_p=1.0, x=None, generator=None, callback=None):
-        """-> (n, L) ids, token by token: `steps` has no say. Keys and values are kept, so each position is computed once.
+    def sample(self, n, steps=None, strategy='', sampler='', x=None, generator=None, callback=None, **options):
+        """-> ids (n, L), token by token: `steps` has no say. Each position is computed once: keys and values are kept.
 
-        x: (n, P) tokens to begin with, P <= L, where mask_id marks open places; ValueError if a token follows an open place of its row.
-        callback(position, x) sees every step.
+        x: (n, P) tokens to begin with, P <= L, where mask_id marks open places; ValueError if a token follows an
+        open place of its row. options: temperature, top_p. callback(position, x) sees every step.
         """
-        c, weight = self.config, self.head.weight
+        c, weight, options = self.config, self.head.weight, self.sampling_options(strategy, sampler, **options)
         x_0 = torch.full((n, 1 + c.block_size), self.mask_id, device=weight.device)  # the start, then the text
         if x is not None:
             x_0[:, 1:1 + x.shape[1]] = x
@@ -93,12 +97,18 @@ class AR(nn.Module):
         for i in range(int(given.sum(dim=1).min()), c.block_size):
             h = self.dit(self.embed(x_0[:, past:i + 1]), caches=caches)  # the prompt at once, then one position at a time
             past = i + 1
-            drawn = draw_tokens(self.head(h[:, -1]), temperature, top_p, generator)
+            drawn = draw_tokens(self.head(h[:, -1]), options['temperature'], options['top_p'], generator)
             x_0[:, i + 1] = torch.where(given[:, i], x_0[:, i + 1], drawn)
             if callback:
                 callback(i, x_0[:, 1:])
         return x_0[:, 1:]
 
-    def flops(self, L):
-        """Forward FLOPs of a pass over L positions by the paper's formula (one per FMA, no head); with the cache, of a whole sample."""
-        return self.dit.flops(L)
+    def denoiser_calls(self, steps, **options):
+        return None
+
+    def sampling_flops(self, L, steps, **options):
+        """With keys and values kept, a whole text costs one pass."""
+        return self.flops(L)
+
+    def training_flops(self, L):
+        return 6 * (self.flops(L) + L * self.config.hidden * self.config.vocab_size)

@@ -1,5 +1,5 @@
 """
-Published MDLM weights, e.g. kuleshov-group/mdlm-owt, as a method of ours: load_hub(hub id, or a folder with the same files).
+Published MDLM weights, e.g. kuleshov-group/mdlm-owt, as an MDLM of ours.
 
 The official network (`models/dit.py` of kuleshov-group/mdlm) and ours compute the same function; three things differ on paper:
     LayerNorm   theirs has a gain w in front of AdaLN. It folds into the scale: w (1 + scale) = 1 + scale' for scale' = w scale + w - 1
@@ -11,7 +11,6 @@ import os
 
 import torch
 
-from lib.checkpoint import build
 from lib.configurator import UserError
 from lib.tokens import cache_only_if_offline, first_line
 
@@ -77,19 +76,22 @@ def convert(state, num_layers):
     return ours
 
 
-def load_hub(hub_id, device):
-    """hub_id: owner/name, or a folder -> (MDLM in eval mode on device, its flat config). The tokenizer is GPT-2's, texts are BOS ... EOS.
+def load_published(name, method='mdlm'):
+    """name: owner/name of the hub, or a folder -> the flat config of an MDLM, its state dict.
 
-    UserError if it cannot be fetched, or is not an MDLM in the official layout.
+    The tokenizer is GPT-2's, texts are BOS ... EOS. UserError if it cannot be fetched, is not an MDLM in the official
+    layout, or another method is wanted.
     """
-    c, state = fetch(hub_id)
+    if method != 'mdlm':
+        raise UserError(f'{name} holds no run of ours, and published weights are of mdlm, not of {method}')
+    c, state = fetch(name)
     try:
         if c.get('model_type', 'mdlm') != 'mdlm' or c['time_conditioning']:
             raise KeyError(f'model_type {c.get("model_type")}, time_conditioning {c["time_conditioning"]}')
-        config = dict(method='mdlm', dataset='openwebtext', tokenizer={'kind': 'gpt2'}, wrap=True, vocab_size=c['vocab_size'] - 1, block_size=c['model_length'],
-                      hidden=c['hidden_dim'], num_layers=c['n_blocks'], num_heads=c['n_heads'], cond_dim=c['cond_dim'], dropout=c['dropout'])
-        method = build(config)
-        method.load_state_dict(convert(state, config['num_layers']))
+        config = dict(method='mdlm', dataset='openwebtext', tokenizer={'kind': 'gpt2'}, wrap=True,
+                      vocab_size=c['vocab_size'] - 1, block_size=c['model_length'], hidden=c['hidden_dim'],
+                      num_layers=c['n_blocks'], num_heads=c['n_heads'], cond_dim=c['cond_dim'], dropout=c['dropout'])
+        return config, convert(state, config['num_layers'])
     except (KeyError, RuntimeError, AttributeError, TypeError) as e:
-        raise UserError(f'{hub_id} is not an MDLM without time conditioning in the layout of kuleshov-group/mdlm-owt ({first_line(e)})') from e
-    return method.to(device).eval(), config
+        raise UserError(f'{name} is not an MDLM without time conditioning in the layout of kuleshov-group/mdlm-owt '
+                        f'({first_line(e)})') from e

@@ -1,25 +1,39 @@
-"""data/: text -> tokens -> chunks. No network, no corpus: every tokenizer is built here."""
-import http.client, json, os, shutil, signal, subprocess, sys, time
+"""Text -> tokens -> chunks: data/, lib/prepare.py and lib/tokens.py, without network or corpus.
+
+Every tokenizer is built here.
+"""
+import contextlib
+import http.client
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from lib import prepare as common
-from lib import tokens as tokens_file
-import data.lm1b.prepare, data.openwebtext.prepare, data.shakespeare_char.prepare, data.text.prepare, data.zeroshot.prepare
-from lib.configurator import UserError
-from test_bad_days import disk_full
+import lib.prepare
+import lib.tokens
+from lib.configurator import UserError, run
+from lib.prepare import write
+from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer, named_tokenizer, read_meta
 
-ODD = 'naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u202eabc\u202c \x00 [MASK] <|endoftext|> 中文\ufeff\uffff\n'
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ODD = ('naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u202eabc\u202c \x00 [MASK] '
+       '<|endoftext|> 中文\ufeff\uffff\n')
 
 
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
-    """Write to a folder of our own, and put back the handler of SIGTERM that write() sets."""
-    for module in (common, tokens_file):
+    """Writes go to a folder of our own, and the handler of SIGTERM, which write() sets, is put back."""
+    for module in (lib.prepare, lib.tokens):
         monkeypatch.setattr(module, 'DATA', str(tmp_path / 'data'))
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
@@ -28,7 +42,8 @@ def sandbox(tmp_path, monkeypatch):
 
 
 def answer(monkeypatch, instead):
-    for module in (common, tokens_file):
+    """What cache_only_if_offline does instead of asking the hub."""
+    for module in (lib.prepare, lib.tokens):
         monkeypatch.setattr(module, 'cache_only_if_offline', instead)
 
 
@@ -53,7 +68,8 @@ def word_level(path, words, **specials):
 
 def hf_folder(tmp_path):
     from transformers import PreTrainedTokenizerFast
-    PreTrainedTokenizerFast(tokenizer_object=tiny_bpe(), eos_token='<|endoftext|>').save_pretrained(tmp_path / 'hf')
+    tok = PreTrainedTokenizerFast(tokenizer_object=tiny_bpe(), eos_token='<|endoftext|>')
+    tok.save_pretrained(tmp_path / 'hf')
     return str(tmp_path / 'hf')
 
 
@@ -65,18 +81,35 @@ def qwen_folder(tmp_path):
 
 def tiktoken_gpt2(tmp_path, monkeypatch):
     import tiktoken
-    bytes_only = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={'<|endoftext|>': 50256})
+    ranks = {bytes([i]): i for i in range(256)}
+    bytes_only = tiktoken.Encoding('gpt2', pat_str=r'\S+|\s+', mergeable_ranks=ranks,
+                                   special_tokens={'<|endoftext|>': 50256})
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: bytes_only)
     return 'gpt2'
 
 
-def cli(module, monkeypatch, *argv):
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, argv)])
+@pytest.fixture
+def cli(monkeypatch):
+    """Runs data/NAME/prepare.py with some arguments -> its exit code."""
+    def call(name, *argv):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, argv)])
+        try:
+            run(importlib.import_module(f'data.{name}.prepare').main)
+        except SystemExit as e:
+            return e.code
+        return 0
+    return call
+
+
+@contextlib.contextmanager
+def disk_full(size):
+    """No file of this process grows beyond `size` bytes: a write may end in the middle, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        common.run(module.main)
-    except SystemExit as e:
-        return e.code
-    return 0
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def save(path, text):
@@ -85,26 +118,30 @@ def save(path, text):
 
 
 def everything(name, split):
-    return np.fromfile(os.path.join(common.DATA, name, split + '.bin'), json.load(open(os.path.join(common.DATA, name, 'meta.json')))['dtype']).tolist()
+    """All the ids of a split."""
+    folder = os.path.join(lib.tokens.DATA, name)
+    return np.fromfile(f'{folder}/{split}.bin', read_meta(folder)['dtype']).tolist()
 
 
 def snapshot(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder.exists() else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # round trips
 
 @pytest.mark.parametrize('kind', ['char', 'gpt2', 'hf', 'qwen'])
-def test_round_trip(kind, tmp_path, monkeypatch):
+def test_round_trip(kind, tmp_path, monkeypatch, cli):
     documents = ['the cat\n\nsat', ODD, 'on the mat  ', ' \n\n', ' the end\n']
-    documents = '\n\n\n'.join(documents).split('\n\n\n')  # where a document ends in line breaks, the first three in a row are the separator
+    # where a document ends in line breaks, the first three in a row are the separator
+    documents = '\n\n\n'.join(documents).split('\n\n\n')
     source = save(tmp_path / 'in.txt', '\n\n\n'.join(documents))
     name = {'char': lambda: 'char', 'gpt2': lambda: tiktoken_gpt2(tmp_path, monkeypatch),
             'hf': lambda: hf_folder(tmp_path), 'qwen': lambda: qwen_folder(tmp_path)}[kind]()
-    assert cli(data.text.prepare, monkeypatch, '--input', source, f'--tokenizer={name}', '--name=t', '--workers=1', '--val_fraction=.4') == 0
-    meta = json.load(open(tmp_path / 'data/t/meta.json'))
-    tok = tokens_file.load_tokenizer(meta)
+    argv = f'--tokenizer={name}', '--name=t', '--workers=1', '--val_fraction=.4'
+    assert cli('text', '--input', source, *argv) == 0
+    meta = read_meta(tmp_path / 'data/t')
+    tok = load_tokenizer(meta['tokenizer'], meta['vocab_size'])
     assert (meta['train']['documents'], meta['val']['documents']) == (3, 2)
     ids = everything('t', 'train') + everything('t', 'val')
     assert ids.count(tok.eos_id) == 5  # "<|endoftext|>" in the text is not EOS
@@ -113,84 +150,107 @@ def test_round_trip(kind, tmp_path, monkeypatch):
         if token == tok.eos_id:
             texts.append(tok.decode(ids[start:i]))
             start = i + 1
-    import unicodedata
     same = (lambda s: unicodedata.normalize('NFC', s)) if kind == 'qwen' else str
     assert texts == [same(d) for d in documents]
     assert max(ids) < tok.vocab_size == meta['vocab_size']
-    assert tok.decode(tok.encode('the cat')) == 'the cat' and tok.spec == meta['tokenizer'] == tokens_file.load_tokenizer(str(tmp_path / 'data/t')).spec
+    assert tok.decode(tok.encode('the cat')) == 'the cat'
+    assert tok.spec == meta['tokenizer'] == named_tokenizer(str(tmp_path / 'data/t')).spec
 
 
 def test_bert_has_sep_and_cls(tmp_path):
-    path = word_level(tmp_path / 'bert', ['[UNK]', 'a', 'b', '[SEP]', '[CLS]'], unk_token='[UNK]', sep_token='[SEP]', cls_token='[CLS]')
-    tok = tokens_file.load_tokenizer(path)
+    path = word_level(tmp_path / 'bert', ['[UNK]', 'a', 'b', '[SEP]', '[CLS]'],
+                      unk_token='[UNK]', sep_token='[SEP]', cls_token='[CLS]')
+    tok = named_tokenizer(path)
     assert (tok.eos_id, tok.bos_id, tok.vocab_size) == (3, 4, 5) and tok.encode('a b zebra') == [1, 2, 0]
 
 
-def test_char_without_documents_to_join_is_nanogpt(tmp_path, monkeypatch):
+def test_a_tokenizer_smaller_than_the_data_is_refused(tmp_path):
+    spec = {'kind': 'char', 'chars': 'abc', 'eos': True}
+    assert load_tokenizer(spec, 4).vocab_size == 4
+    with pytest.raises(UserError, match='cannot load the tokenizer .*4 ids, but the data has 5'):
+        load_tokenizer(spec, 5)
+    path = word_level(tmp_path / 'words', ['a', 'b', 'c'], eos_token='c')
+    write('t', {'train': lambda: iter([('a b', True), ('b', True)])}, path, tail=1)
+    word_level(tmp_path / 'words', ['a', 'c'], eos_token='c')  # another one in its place
+    with pytest.raises(UserError, match='2 ids, but the data has 3'):
+        named_tokenizer(str(tmp_path / 'data/t'))
+
+
+def test_char_without_documents_to_join_is_nanogpt(tmp_path, cli):
     text = 'First Citizen:\nBefore we proceed\n\n\nany further, hear me speak.' * 9
-    assert cli(data.shakespeare_char.prepare, monkeypatch, '--input', save(tmp_path / 'in.txt', text)) == 0
-    tokens = tokens_file.Tokens('shakespeare_char', 'train', 8)
-    assert tokens.vocab_size == len(set(text)) and tokens.meta['eos_id'] is None and len(tokens.ids) == int(len(text) * .9)
-    decode = tokens_file.load_tokenizer(tokens.tokenizer).decode
-    assert decode(everything('shakespeare_char', 'train')) + decode(everything('shakespeare_char', 'val')) == text
+    assert cli('shakespeare_char', '--input', save(tmp_path / 'in.txt', text)) == 0
+    tokens = Tokens('shakespeare_char', 'train', 8)
+    assert tokens.vocab_size == len(set(text)) and tokens.meta['eos_id'] is None
+    assert len(tokens.ids) == int(len(text) * .9)
+    ids = everything('shakespeare_char', 'train') + everything('shakespeare_char', 'val')
+    assert load_tokenizer(tokens.tokenizer).decode(ids) == text
     with pytest.raises(UserError, match='é'):
-        tokens_file.load_tokenizer(tokens.tokenizer).encode('é')
+        load_tokenizer(tokens.tokenizer).encode('é')
 
 
-@pytest.mark.parametrize('split, separator', [(r'\n\n\n', '\n\n\n'), ('line', '\n'), ('file', None), ('<d>', '<d>')])
-def test_documents_whatever_the_blocks(split, separator, tmp_path, monkeypatch):
+@pytest.mark.parametrize('separator', ['\n\n\n', '\n', None, '<d>'])
+def test_documents_whatever_the_blocks(separator, monkeypatch):
     text = 'a\n\n\n\nb\n \n\n<d><d\n>c\n\n\nd<d>\n'
-    monkeypatch.setattr(common, 'PIECE', 7)
+    monkeypatch.setattr(lib.prepare, 'PIECE', 7)
     for size in range(1, 9):
         blocks = [text[i:i + size] for i in range(0, len(text), size)]
         documents = ['']
-        for piece, ends in common.split_documents(blocks, separator):
+        for piece, ends in lib.prepare.split_documents(blocks, separator):
             documents[-1] += piece
             documents += [''] * ends
-        assert documents.pop() == '' and documents == [d for d in (text.split(separator) if separator else [text]) if d]
+        assert documents.pop() == ''
+        assert documents == [d for d in (text.split(separator) if separator else [text]) if d]
 
 
-def test_long_document_goes_out_in_pieces(tmp_path, monkeypatch):
+def test_long_document_goes_out_in_pieces(tmp_path, monkeypatch, cli):
     text = 'the cat sat\non the mat\n\n' * 500
     tok = hf_folder(tmp_path)
     for piece in (1 << 20, 300):
-        monkeypatch.setattr(common, 'PIECE', piece)
+        monkeypatch.setattr(lib.prepare, 'PIECE', piece)
         source = save(tmp_path / 'in.txt', text)
-        assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=file', '--tokenizer', tok, f'--name=p{piece}', '--workers=1') == 0
-    assert snapshot(tmp_path / 'data/p300') == snapshot(tmp_path / f'data/p{1 << 20}')  # the same ids: the cuts are where the tokenizer cuts
+        argv = '--split=file', '--tokenizer', tok, f'--name=p{piece}', '--workers=1'
+        assert cli('text', '--input', source, *argv) == 0
+    # the same ids, for we cut where the tokenizer cuts
+    assert snapshot(tmp_path / 'data/p300') == snapshot(tmp_path / f'data/p{1 << 20}')
 
 
-def test_above_65535_ids(tmp_path, monkeypatch):
+def test_above_65535_ids(tmp_path, cli):
     path = word_level(tmp_path / 'big', [f'w{i}' for i in range(70_000)], eos_token='w0')
     source = save(tmp_path / 'in.txt', 'w69999 w65536\nw1 w65535\nw7')
-    assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=line', '--tokenizer', path, '--name=big', '--workers=1') == 0
-    tokens = tokens_file.Tokens('big', 'train', 3)
-    assert tokens.ids.dtype == np.uint32 and tokens.vocab_size == 70_000 and tokens.rows([1, 0]).tolist() == [[1, 65535, 0], [69999, 65536, 0]]
+    argv = '--split=line', '--tokenizer', path, '--name=big', '--workers=1'
+    assert cli('text', '--input', source, *argv) == 0
+    tokens = Tokens('big', 'train', 3)
+    assert tokens.ids.dtype == np.uint32 and tokens.vocab_size == 70_000
+    assert tokens.rows([1, 0])[0].tolist() == [[1, 65535, 0], [69999, 65536, 0]]
 
 
-def test_workers_do_not_change_the_files(tmp_path, monkeypatch):
-    tok, source = hf_folder(tmp_path), save(tmp_path / 'in.txt', '\n'.join(f'the cat {i} sat' for i in range(3000)))
-    monkeypatch.setattr(common, 'PIECE', 4000)
+def test_workers_do_not_change_the_files(tmp_path, monkeypatch, cli):
+    tok = hf_folder(tmp_path)
+    source = save(tmp_path / 'in.txt', '\n'.join(f'the cat {i} sat' for i in range(3000)))
+    monkeypatch.setattr(lib.prepare, 'PIECE', 4000)
     for n in (1, 2):
-        assert cli(data.text.prepare, monkeypatch, '--input', source, '--split=line', '--tokenizer', tok, f'--name=w{n}', f'--workers={n}') == 0
+        argv = '--split=line', '--tokenizer', tok, f'--name=w{n}', f'--workers={n}'
+        assert cli('text', '--input', source, *argv) == 0
     assert snapshot(tmp_path / 'data/w1') == snapshot(tmp_path / 'data/w2')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # chunks
 
 def prepared(name='t', n=1000, **kwargs):
     """Documents of 9 digits: with the character tokenizer, ids 0 .. 9 and EOS = 10."""
-    common.write(name, {'train': lambda: ((f'{i:09d}', True) for i in range(n))}, 'char', tail=0.1, **kwargs)
-    return tokens_file.Tokens(name, 'train', 16)
+    write(name, {'train': lambda: ((f'{i:09d}', True) for i in range(n))}, 'char', tail=0.1, **kwargs)
+    return Tokens(name, 'train', 16)
 
 
 def test_batch_is_a_function_of_seed_step_and_row():
     tokens = prepared()
-    x = tokens.batch(1, 5, torch.arange(8))
+    x, = tokens.batch(1, 5, torch.arange(8))
     assert x.shape == (8, 16) and x.dtype == torch.int64
-    assert torch.equal(x[1::2], tokens.batch(1, 5, torch.arange(1, 8, 2))) and torch.equal(x[3:4], tokens_file.Tokens('t', 'train', 16).batch(1, 5, [3]))
-    assert not torch.equal(x, tokens.batch(1, 6, torch.arange(8))) and not torch.equal(x, tokens.batch(2, 5, torch.arange(8)))
+    assert torch.equal(x[1::2], tokens.batch(1, 5, torch.arange(1, 8, 2))[0])
+    assert torch.equal(x[3:4], Tokens('t', 'train', 16).batch(1, 5, [3])[0])
+    assert not torch.equal(x, tokens.batch(1, 6, torch.arange(8))[0])
+    assert not torch.equal(x, tokens.batch(2, 5, torch.arange(8))[0])
     stream = ''.join(map(chr, tokens.ids))
     assert all(''.join(map(chr, row)) in stream for row in x.tolist())
 
@@ -205,13 +265,16 @@ def test_every_place_is_drawn_equally_often(monkeypatch):
     tokens.ids = range(9_000_000_000)  # all that is asked of it is its length
     starts.clear()
     tokens.batch(0, 0, range(4000))
-    assert len(set(starts)) == 4000 and max(starts) <= 9_000_000_000 - 16 and np.std(np.array(starts) % 1000) > 280  # uniform: 289; no lattice
+    assert len(set(starts)) == 4000 and max(starts) <= 9_000_000_000 - 16
+    assert np.std(np.array(starts) % 1000) > 280  # uniform: 289; no lattice
 
 
 def test_rows_lie_side_by_side():
     tokens = prepared()
-    assert len(tokens) == 9000 // 16 and torch.equal(tokens.rows(range(len(tokens))).flatten(), torch.tensor(tokens.ids[:len(tokens) * 16].astype(int)))
-    assert torch.equal(tokens.rows([3])[0], tokens.rows([2, 3])[1])
+    x, = tokens.rows(range(len(tokens)))
+    assert len(tokens) == 9000 // 16 and x.dtype == torch.int64
+    assert np.array_equal(x.flatten(), tokens.ids[:len(tokens) * 16])
+    assert torch.equal(tokens.rows([3])[0], x[[3]]) and torch.equal(tokens.rows([2, 3])[0], x[2:4])
     for i in (-1, len(tokens)):
         with pytest.raises(IndexError):
             tokens.rows([i])
@@ -220,25 +283,50 @@ def test_rows_lie_side_by_side():
 def test_wrap_is_the_protocol_of_mdlm():
     tokens = prepared(wrap=True)
     assert tokens.meta['wrap'] and 'BOS' in tokens.meta['packing']
-    x, stream = tokens.rows(range(len(tokens))), prepared('plain').ids
+    (x,), stream = tokens.rows(range(len(tokens))), prepared('plain').ids
     assert len(tokens) == 9000 // 14 and (x[:, 0] == 10).all() and (x[:, -1] == 10).all()
-    assert np.array_equal(x[:, 1:-1].flatten(), stream[:len(tokens) * 14])  # MDLM's _group_texts: block_size - 2 ids of the stream in each chunk
-    y = tokens.batch(0, 0, [0, 1])
+    # MDLM's _group_texts: block_size - 2 ids of the stream in each chunk
+    assert np.array_equal(x[:, 1:-1].flatten(), stream[:len(tokens) * 14])
+    y, = tokens.batch(0, 0, [0, 1])
     assert y.shape == (2, 16) and (y[:, 0] == 10).all() and (y[:, -1] == 10).all()
     with pytest.raises(UserError, match='EOS'):
-        common.write('one', {'train': lambda: iter([('abc', True)])}, 'char', tail=0.1, wrap=True)
+        write('one', {'train': lambda: iter([('abc', True)])}, 'char', tail=0.1, wrap=True)
 
 
 def test_split_rules():
-    common.write('k', {'train': lambda: ((str(i), True) for i in range(10))}, 'char', tail=3, rule='last 3 documents')
-    meta = tokens_file.read_meta(os.path.join(common.DATA, 'k'))
-    assert (meta['train']['documents'], meta['val']['documents'], meta['split_rule']) == (7, 3, 'last 3 documents')
+    digits = {'train': lambda: ((str(i), True) for i in range(10))}
+    write('k', digits, 'char', tail=3, rule='last 3 documents')
+    meta = read_meta(os.path.join(lib.prepare.DATA, 'k'))
+    assert (meta['train']['documents'], meta['val']['documents']) == (7, 3)
+    assert meta['split_rule'] == 'last 3 documents'
     assert everything('k', 'val') == [7, 10, 8, 10, 9, 10]
     with pytest.raises(UserError, match='--val_documents'):
-        common.write('k2', {'train': lambda: ((str(i), True) for i in range(3))}, 'char', tail=3)
+        write('k2', digits, 'char', tail=10)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_data_source_says_what_it_is(tmp_path):
+    """Tokens and WithLatents have the same attributes and give tuples that begin with the ids."""
+    tokens = prepared(wrap=True)
+    assert (tokens.vocab_size, tokens.block_size, tokens.wrap) == (11, 16, True)
+    assert load_tokenizer(tokens.tokenizer).decode([1, 10]) == '1<|endoftext|>'
+    folder, meta = latents_of(tokens, 'org/encoder', 3, 4)
+    assert folder == str(tmp_path / 'data/t/latents_encoder_16_3x4')
+    os.mkdir(folder)
+    latents = torch.randn(len(tokens), 3, 4, dtype=torch.bfloat16)
+    latents.view(torch.uint16).numpy().tofile(f'{folder}/train.bin')
+    save(tmp_path / folder / 'meta.json', json.dumps(meta | {'encoder_weights': 'abc'}))
+    stored = WithLatents(tokens, 'org/encoder', 3, 4)
+    for key in ('vocab_size', 'block_size', 'tokenizer', 'wrap'):
+        assert getattr(stored, key) == getattr(tokens, key)
+    assert len(stored) == len(tokens) and stored.encoder_weights == 'abc'
+    x, z_0 = stored.rows([5, 2])
+    assert torch.equal(x, tokens.rows([5, 2])[0]) and torch.equal(z_0, latents[[5, 2]].float())
+    tokens.tokenizer = None  # as sawtooth, which is computed
+    with pytest.raises(UserError, match='prepared set'):
+        WithLatents(tokens, 'org/encoder', 3, 4)
+
+
+# ----------------------------------------------------------------------------
 # what can go wrong
 
 def interrupted():
@@ -250,30 +338,31 @@ def interrupted():
 
 def test_interrupted_write(tmp_path, monkeypatch):
     folder = tmp_path / 'data/t'
-    monkeypatch.setattr(common, 'PIECE', 400)
-    spec = {'kind': 'char', 'chars': '0123456789', 'eos': True}
+    monkeypatch.setattr(lib.prepare, 'PIECE', 400)
+    prepared('digits')
+    digits = str(tmp_path / 'data/digits')  # a tokenizer that need not read the text first
     with pytest.raises(KeyboardInterrupt):
-        common.write('t', {'train': interrupted}, spec, tail=0.1)
+        write('t', {'train': interrupted}, digits, tail=0.1)
     assert not folder.exists()
     prepared()
     whole = snapshot(folder)
     with pytest.raises(KeyboardInterrupt):  # a second run over a good set
-        common.write('t', {'train': interrupted}, spec, tail=0.1)
+        write('t', {'train': interrupted}, digits, tail=0.1)
     assert snapshot(folder) == whole
-    for die_after in (1, 2, 3):  # killed between the renames, with no time to clean up: what is left is not a set
+    for die_after in (1, 2, 3):  # killed between the renames, with no time to clean up: no set is left
         real = os.replace
         replaced = []
-        def replace(a, b):
-            if len(replaced) == die_after - 1:
-                os._exit(9)
-            replaced.append(real(a, b))
         child = os.fork()
         if child == 0:
+            def replace(a, b, real=real, replaced=replaced, die_after=die_after):
+                if len(replaced) == die_after - 1:
+                    os._exit(9)
+                replaced.append(real(a, b))
             os.replace = replace
             prepared(n=500)
         assert os.waitpid(child, 0)[1] == 9 << 8
         with pytest.raises(UserError, match='no prepared data'):
-            tokens_file.Tokens('t', 'train', 16)
+            Tokens('t', 'train', 16)
         prepared()
         assert snapshot(folder) == whole
 
@@ -283,63 +372,65 @@ def test_missing_data_names_the_command(tmp_path):
         os.makedirs(tmp_path / 'data' / name)
         save(tmp_path / 'data' / name / 'prepare.py', '')
     own = 'text/prepare.py --input FILE --tokenizer=gpt2|char|HUB_ID --name='
-    for name, command in [('lm1b', 'lm1b/prepare.py'), ('zeroshot/ptb', 'zeroshot/prepare.py'), ('mine', own + 'mine'), ('text', own + 'text')]:
+    for name, command in [('lm1b', 'lm1b/prepare.py'), ('zeroshot/ptb', 'zeroshot/prepare.py'),
+                          ('mine', own + 'mine'), ('text', own + 'text')]:
         with pytest.raises(UserError) as e:
-            tokens_file.open_data(name, 'train', 16)
+            Tokens(name, 'train', 16)
         assert str(e.value).endswith(f'data/{name}: run python data/{command}')
 
 
-def test_sigterm_and_sigkill(tmp_path, monkeypatch):
-    """From outside: the script is stopped in the middle; the next run gives what an undisturbed one does, and no worker outlives it."""
-    for part in ('configurator.py', 'noise.py', 'data/common.py', 'data/tokens.py', 'data/text/prepare.py'):
-        os.makedirs(os.path.dirname(tmp_path / part), exist_ok=True)
-        shutil.copy(os.path.join(ROOT, part), tmp_path / part)
+def test_sigterm_and_sigkill(tmp_path, cli):
+    """Stopped from outside: no worker outlives the script, and the next run is like any other."""
+    for part in ('lib', 'data/text'):
+        shutil.copytree(os.path.join(ROOT, part), tmp_path / part, ignore=lambda folder, names: {
+            name for name in names if not name.endswith('.py')})
     source = save(tmp_path / 'in.txt', 'the cat sat on the mat\n' * 200_000)
-    assert cli(data.text.prepare, monkeypatch, '--input', save(tmp_path / 'v.txt', 'the cat sat on m\n!'), '--split=line', '--tokenizer=char', '--name=v', '--workers=1') == 0
-    tok = str(tmp_path / 'data/v')  # its tokenizer
-    command = [sys.executable, 'data/text/prepare.py', '--input', str(source), '--split=line', '--tokenizer', tok, '--name=t', '--workers=2']
+    argv = '--split=line', '--tokenizer=char', '--name=v', '--workers=1'
+    assert cli('text', '--input', save(tmp_path / 'v.txt', 'the cat sat on m\n!'), *argv) == 0
+    argv = '--split=line', '--tokenizer', str(tmp_path / 'data/v'), '--name=t'  # v's tokenizer
+    command = [sys.executable, 'data/text/prepare.py', '--input', str(source), *argv, '--workers=2']
     folder = tmp_path / 'data/t'
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        script = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while not (folder / 'train.bin.tmp').exists() or not (folder / 'train.bin.tmp').stat().st_size:
-            assert run.poll() is None, run.stderr.read()
+            assert script.poll() is None, script.stderr.read()
             time.sleep(0.02)
-        run.send_signal(sign)
-        run.communicate(timeout=20)  # also waits until the last worker has closed standard error
-        assert run.returncode == (143 if sign == signal.SIGTERM else -9)
+        script.send_signal(sign)
+        script.communicate(timeout=20)  # also waits until the last worker has closed standard error
+        assert script.returncode == (143 if sign == signal.SIGTERM else -9)
         assert sign == signal.SIGKILL or not folder.exists()
     assert not (folder / 'meta.json').exists() and not (folder / 'train.bin').exists()
-    assert cli(data.text.prepare, monkeypatch, '--input', save(source, 'the cat\n' * 9), '--split=line', '--tokenizer', tok, '--name=t', '--workers=1') == 0
+    assert cli('text', '--input', save(source, 'the cat\n' * 9), *argv, '--workers=1') == 0
     assert sorted(snapshot(folder)) == ['meta.json', 'train.bin', 'val.bin']
 
 
 BAD = [  # arguments, what the line says
-    (data.text.prepare, ['--input', 'empty.txt'], 'no text'),
-    (data.text.prepare, ['--input', 'latin.txt'], 'latin.txt is not UTF-8'),
-    (data.text.prepare, ['--input', 'good.txt', 'cut.txt'], 'cut.txt is not UTF-8'),
-    (data.text.prepare, ['--input', 'nowhere.txt'], 'nowhere.txt'),
-    (data.text.prepare, ['--input', '.'], 'no file'),
-    (data.text.prepare, [], '--input'),
-    (data.text.prepare, ['--input', 'good.txt', '--tokeniser=char'], '--tokenizer'),
-    (data.text.prepare, ['--input', 'good.txt', '--tokenizer=./nowhere'], './nowhere'),
-    (data.text.prepare, ['--input', 'good.txt', '--name=../x'], '--name'),
-    (data.text.prepare, ['--input', 'good.txt', '--split='], '--split'),
-    (data.text.prepare, ['--input', 'good.txt', '--val_fraction=1.5'], '--val_fraction'),
-    (data.text.prepare, ['--input', 'good.txt', '--workers=0'], '--workers'),
-    (data.text.prepare, ['--input', 'good.txt', '--workers=two'], '--workers'),
-    (data.text.prepare, ['--input', 'good.txt', '--split=file', '--wrap'], '--wrap'),
-    (data.text.prepare, ['--input', 'good.txt', '--name=good.txt', '--tokenizer=good.txt'], 'good.txt'),
-    (data.shakespeare_char.prepare, ['--input', 'empty.txt'], 'no text'),
-    (data.openwebtext.prepare, ['--input', 'good.txt'], '--val_documents'),
-    (data.openwebtext.prepare, ['--input', 'broken.parquet'], 'broken.parquet'),
-    (data.lm1b.prepare, ['--input', 'good.txt'], '--val'),
-    (data.zeroshot.prepare, ['--input', 'good.txt'], '--set'),
-    (data.zeroshot.prepare, ['--set=imdb'], 'imdb'),
+    ('text', ['--input', 'empty.txt'], 'no text'),
+    ('text', ['--input', 'latin.txt'], 'latin.txt is not UTF-8'),
+    ('text', ['--input', 'good.txt', 'cut.txt'], 'cut.txt is not UTF-8'),
+    ('text', ['--input', 'nowhere.txt'], 'nowhere.txt'),
+    ('text', ['--input', '.'], 'no file'),
+    ('text', [], '--input'),
+    ('text', ['--input', 'good.txt', '--tokeniser=char'], '--tokenizer'),
+    ('text', ['--input', 'good.txt', '--tokenizer=./nowhere'], './nowhere'),
+    ('text', ['--input', 'good.txt', '--name=../x'], '--name'),
+    ('text', ['--input', 'good.txt', '--split='], '--split'),
+    ('text', ['--input', 'good.txt', '--val_fraction=1.5'], '--val_fraction'),
+    ('text', ['--input', 'good.txt', '--workers=0'], '--workers'),
+    ('text', ['--input', 'good.txt', '--workers=two'], '--workers'),
+    ('text', ['--input', 'good.txt', '--split=file', '--wrap'], '--wrap'),
+    ('text', ['--input', 'good.txt', '--name=good.txt', '--tokenizer=good.txt'], 'good.txt'),
+    ('shakespeare_char', ['--input', 'empty.txt'], 'no text'),
+    ('openwebtext', ['--input', 'good.txt'], '--val_documents'),
+    ('openwebtext', ['--input', 'broken.parquet'], 'broken.parquet'),
+    ('lm1b', ['--input', 'good.txt'], '--val'),
+    ('zeroshot', ['--input', 'good.txt'], '--set'),
+    ('zeroshot', ['--set=imdb'], 'imdb'),
 ]
 
 
-@pytest.mark.parametrize('module, argv, says', BAD, ids=[f'{m.__name__.split(".")[1]} {" ".join(a)}' for m, a, _ in BAD])
-def test_mistakes_are_one_line(module, argv, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('name, argv, says', BAD, ids=[f'{name} {" ".join(argv)}' for name, argv, _ in BAD])
+def test_mistakes_are_one_line(name, argv, says, tmp_path, monkeypatch, capsys, cli):
     save(tmp_path / 'good.txt', 'one\n\n\ntwo')
     save(tmp_path / 'empty.txt', '')
     (tmp_path / 'latin.txt').write_bytes('good\n\n\ncaf\u00e9 au lait'.encode('latin1'))
@@ -347,20 +438,20 @@ def test_mistakes_are_one_line(module, argv, says, tmp_path, monkeypatch, capsys
     (tmp_path / 'broken.parquet').write_bytes(b'PAR1 no')
     if 'parquet' in ' '.join(argv):
         pytest.importorskip('pyarrow')
-    if '--tokenizer' not in ' '.join(argv) and module is not data.zeroshot.prepare:
+    if '--tokenizer' not in ' '.join(argv) and name != 'zeroshot':
         argv = ['--tokenizer=char', *argv]
     answer(monkeypatch, lambda: monkeypatch.setenv('HF_HUB_OFFLINE', '1'))
-    assert cli(module, monkeypatch, *argv) == 2
+    assert cli(name, *argv) == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and says in err
     assert [p for p in (tmp_path / 'data').rglob('*') if p.is_file()] == []
 
 
-def test_without_datasets(monkeypatch, capsys):
+def test_without_datasets(monkeypatch, capsys, cli):
     monkeypatch.setitem(sys.modules, 'datasets', None)
     answer(monkeypatch, lambda: None)
-    for module in (data.openwebtext.prepare, data.lm1b.prepare):
-        assert cli(module, monkeypatch, '--tokenizer=char') == 2
+    for name in ('openwebtext', 'lm1b'):
+        assert cli(name, '--tokenizer=char') == 2
         err = capsys.readouterr().err
         assert err.count('\n') == 1 and 'pip install datasets' in err and '--input FILE' in err
 
@@ -372,20 +463,22 @@ def test_shrunk_or_grown_file(tmp_path):
     for content, word in ((whole[:-2], 'shrank'), (b'', 'shrank'), (whole + b'xx', 'grew')):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f'data file {word}.*prepare.py.*again'):
-            tokens_file.Tokens('t', 'train', 16)
+            Tokens('t', 'train', 16)
     path.unlink()
     with pytest.raises(UserError, match='shrank'):
-        tokens_file.Tokens('t', 'train', 16)
+        Tokens('t', 'train', 16)
 
 
 def test_tokens_refuses(tmp_path):
     prepared()
-    for name, split, block_size, says in (('nowhere', 'train', 16, '--name=nowhere'), ('t', 'test', 16, 'no test split'),
-                                          ('t', 'train', 9001, 'block_size 9001'), ('t', 'train', 0, 'block_size 0; give --block_size=N, from 1 to 9000')):
+    for name, split, block_size, says in (
+            ('nowhere', 'train', 16, '--name=nowhere'), ('t', 'test', 16, 'no test split'),
+            ('t', 'train', 9001, 'block_size 9001'),
+            ('t', 'train', 0, 'block_size 0; give --block_size=N, from 1 to 9000')):
         with pytest.raises(UserError, match=says) as e:
-            tokens_file.Tokens(name, split, block_size)
+            Tokens(name, split, block_size)
         assert '\n' not in str(e.value)
-    tokens = tokens_file.open_data(str(tmp_path / 'data/t'), 'train', 9000)  # a path works, too
+    tokens = Tokens(str(tmp_path / 'data/t'), 'train', 9000)  # a path works, too
     assert len(tokens) == 1 and tokens.block_size == 9000
 
 
@@ -393,67 +486,81 @@ def test_damaged_meta(tmp_path):
     prepared()
     path = tmp_path / 'data/t/meta.json'
     good = json.loads(path.read_text())
-    bad = [b'', b'{', b'null', b'[]', b'3', b'"meta"', b'{}', b'\xff\xfe', b'[' * 100_000, path.read_bytes()[:-20]]
+    bad = [b'', b'{', b'null', b'[]', b'3', b'"meta"', b'{}', b'\xff\xfe', b'[' * 100_000]
+    bad.append(path.read_bytes()[:-20])
     for key in ('dtype', 'vocab_size', 'tokenizer', 'eos_id', 'wrap', 'train', 'bos_id'):
-        bad += [json.dumps({k: v for k, v in good.items() if k != key}).encode()] if key != 'train' else []
-        bad += [json.dumps(good | {key: value}).encode() for value in ('float16', -1, [], {}, 1.5, 10**30 if key != 'vocab_size' else 0)]
+        if key != 'train':
+            bad.append(json.dumps({k: v for k, v in good.items() if k != key}).encode())
+        values = 'float16', -1, [], {}, 1.5, 10**30 if key != 'vocab_size' else 0
+        bad += [json.dumps(good | {key: value}).encode() for value in values]
     bad += [json.dumps(good | {'train': {'tokens': n}}).encode() for n in (-9000, '9000', None, 0, 9e3, True)]
     for content in bad:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r'(damaged|shrank|no train split)') as e:
-            tokens_file.Tokens('t', 'train', 16)
+            Tokens('t', 'train', 16)
         assert '\n' not in str(e.value), content[:80]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # the other scripts
 
-def test_lm1b_and_zeroshot(tmp_path, monkeypatch):
+def test_lm1b_and_zeroshot(tmp_path, cli):
     save(tmp_path / 'train.txt', 'The U.S. , he said : " yes " .\nIt \'s $ 5 ( five ) ?\n')
     save(tmp_path / 'val.txt', 'No , he did n\'t .\n')
-    assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1', '--input', 'train.txt', '--val', 'val.txt') == 0
-    decode = tokens_file.load_tokenizer(str(tmp_path / 'data/lm1b')).decode
-    assert decode(everything('lm1b', 'train')) == 'The U.S., he said: "yes" .<|endoftext|>It\'s $5 (five)?<|endoftext|>'
-    save(tmp_path / 'ptb.txt', ' the $ N N <unk> did n\'t s \' fall \n\n it \'s\n'.replace('s \' fall', 'fall'))
+    assert cli('lm1b', '--tokenizer=char', '--workers=1', '--input', 'train.txt', '--val', 'val.txt') == 0
+    decode = named_tokenizer(str(tmp_path / 'data/lm1b')).decode
+    text = decode(everything('lm1b', 'train'))
+    assert text == 'The U.S., he said: "yes" .<|endoftext|>It\'s $5 (five)?<|endoftext|>'
+    save(tmp_path / 'ptb.txt', ' the $ N N <unk> did n\'t fall \n\n it \'s\n')
     save(tmp_path / 'ptb_vocabulary.txt', 'the $ 1 ?\'didn fall it s\n')
-    assert cli(data.text.prepare, monkeypatch, '--tokenizer=char', '--workers=1', '--input', 'ptb_vocabulary.txt', 'ptb.txt', '--name=v') == 0
+    argv = '--tokenizer=char', '--workers=1', '--name=v'
+    assert cli('text', *argv, '--input', 'ptb_vocabulary.txt', 'ptb.txt') == 0
     argv = '--workers=1', '--set=ptb', '--input', 'ptb.txt'
-    assert cli(data.zeroshot.prepare, monkeypatch, f'--tokenizer={tmp_path}/data/v', *argv) == 0
-    tokens = tokens_file.Tokens('zeroshot/ptb', 'val', 4)
-    assert tokens_file.load_tokenizer(tokens.meta).decode(tokens.ids) == "the $1 1 ? didn't fall<|endoftext|>it's<|endoftext|>"
+    assert cli('zeroshot', f'--tokenizer={tmp_path}/data/v', *argv) == 0
+    tokens = Tokens('zeroshot/ptb', 'val', 4)
+    text = load_tokenizer(tokens.tokenizer, tokens.vocab_size).decode(tokens.ids)
+    assert text == "the $1 1 ? didn't fall<|endoftext|>it's<|endoftext|>"
     assert not (tmp_path / 'data/zeroshot/ptb/train.bin').exists()
     with pytest.raises(UserError, match='no train split'):
-        tokens_file.Tokens('zeroshot/ptb', 'train', 4)
-    assert cli(data.zeroshot.prepare, monkeypatch, '--tokenizer=char', *argv) == 2
+        Tokens('zeroshot/ptb', 'train', 4)
+    assert cli('zeroshot', '--tokenizer=char', *argv) == 2
 
 
-def test_parquet(tmp_path, monkeypatch, capsys):
+def test_parquet(tmp_path, capsys, cli):
     pyarrow = pytest.importorskip('pyarrow')
-    import pyarrow.parquet
+    parquet = pytest.importorskip('pyarrow.parquet')
     for name, column in (('x.parquet', 'text'), ('y.parquet', 'sentence')):
-        pyarrow.parquet.write_table(pyarrow.table({column: ['one', '', 'two\n\n\nand', 'three'], 'id': [1, 2, 3, 4]}), tmp_path / name)
+        table = pyarrow.table({column: ['one', '', 'two\n\n\nand', 'three'], 'id': [1, 2, 3, 4]})
+        parquet.write_table(table, tmp_path / name)
     argv = '--tokenizer=char', '--workers=1', '--val_documents=1', '--input'
-    assert cli(data.openwebtext.prepare, monkeypatch, *argv, 'x.parquet') == 0
-    tok = tokens_file.load_tokenizer(str(tmp_path / 'data/openwebtext'))
+    assert cli('openwebtext', *argv, 'x.parquet') == 0
+    tok = named_tokenizer(str(tmp_path / 'data/openwebtext'))
     assert tok.decode(everything('openwebtext', 'train')) == 'one<|endoftext|>two\n\n\nand<|endoftext|>'
     assert tok.decode(everything('openwebtext', 'val')) == 'three<|endoftext|>'
-    assert cli(data.openwebtext.prepare, monkeypatch, *argv, 'y.parquet') == 2 and 'y.parquet' in capsys.readouterr().err
+    assert cli('openwebtext', *argv, 'y.parquet') == 2 and 'y.parquet' in capsys.readouterr().err
 
 
-def test_hub(tmp_path, monkeypatch, capsys):
-    """With a stand-in for `load_dataset`: what we ask it for, what we make of its rows, and what we say when it fails."""
+def test_hub(monkeypatch, capsys, cli):
+    """A stand-in for `load_dataset`: what we ask it for, make of its rows, and say when it fails."""
     datasets = pytest.importorskip('datasets')
     asked, rows = [], datasets.Dataset.from_dict({'sentence': ['a', '', 'b c'], 'text': ['d', 'e\n', 'f']})
     answer(monkeypatch, lambda: None)
-    monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: asked.append((*args, kwargs['split'])) or rows)
-    assert cli(data.lm1b.prepare, monkeypatch, '--tokenizer=char', '--workers=1') == 0
-    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')} and tokens_file.Tokens('lm1b', 'val', 3).rows([0])[0].tolist() == [1, 4, 2]  # "d", EOS, "e"
-    assert list(common.read_hub('x', split='test', column='sentence')) == [('a', True), ('b c', True)]
-    assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2 and 'incomplete' in capsys.readouterr().err  # not 8,013,769 documents
+
+    def load(*args, **kwargs):
+        asked.append((*args, kwargs['split']))
+        return rows
+    monkeypatch.setattr(datasets, 'load_dataset', load)
+    assert cli('lm1b', '--tokenizer=char', '--workers=1') == 0
+    assert set(asked) == {('dvruette/lm1b', 'train'), ('dvruette/lm1b', 'test')}
+    assert Tokens('lm1b', 'val', 3).rows([0])[0].tolist() == [[1, 4, 2]]  # "d", EOS, "e"
+    assert list(lib.prepare.read_hub('x', split='test', column='sentence')) == [('a', True), ('b c', True)]
+    assert cli('openwebtext', '--tokenizer=char') == 2  # these are not 8,013,769 documents
+    assert 'incomplete' in capsys.readouterr().err
+
     def offline(*args, **kwargs):
         raise ConnectionError('no route\nto host')
     monkeypatch.setattr(datasets, 'load_dataset', offline)
-    assert cli(data.openwebtext.prepare, monkeypatch, '--tokenizer=char') == 2
+    assert cli('openwebtext', '--tokenizer=char') == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'no route' in err and '--input FILE' in err
 
@@ -474,15 +581,17 @@ class Download:
         raise self.content
 
 
-def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys):
-    """With a stand-in for the network: what breaks off is one line and leaves nothing."""
-    prepare = data.shakespeare_char.prepare
+def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys, cli):
+    """A stand-in for the network: a connection that breaks off gives one line and leaves nothing."""
+    from data.shakespeare_char import prepare
     monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
     for error in (ConnectionResetError('reset'), http.client.IncompleteRead(b'half')):
-        monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, **__: Download(error))
-        assert cli(prepare, monkeypatch) == 2 and 'cannot download' in capsys.readouterr().err and not (tmp_path / 'data').exists()
+        monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, error=error, **__: Download(error))
+        assert cli('shakespeare_char') == 2 and 'cannot download' in capsys.readouterr().err
+        assert not (tmp_path / 'data').exists()
     monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, **__: Download(b'to be or not' * 10))
     with disk_full(100):
-        assert cli(prepare, monkeypatch) == 2 and 'cannot write' in capsys.readouterr().err
-    assert cli(prepare, monkeypatch) == 0
-    assert sorted(os.listdir(tmp_path / 'data/shakespeare_char')) == ['input.txt', 'meta.json', 'train.bin', 'val.bin']
+        assert cli('shakespeare_char') == 2 and 'cannot write' in capsys.readouterr().err
+    assert cli('shakespeare_char') == 0
+    files = ['input.txt', 'meta.json', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(tmp_path / 'data/shakespeare_char')) == files

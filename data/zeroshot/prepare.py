@@ -1,65 +1,97 @@
 """
-The seven zero-shot sets of the perplexity tables: ptb wikitext lm1b lambada ag_news pubmed arxiv. Each becomes data/zeroshot/SET/, a
-val split only, which has to be encoded as the training text of the model was: name its tokenizer, or the folder of its data, and say --wrap
-if that has BOS and EOS around every chunk, as for kuleshov-group/mdlm-owt.
+The seven zero-shot sets of the perplexity tables: ptb wikitext lm1b lambada ag_news pubmed arxiv.
 
-    python data/zeroshot/prepare.py --tokenizer=gpt2                                  all seven from the hub (pip install datasets)
-    python data/zeroshot/prepare.py --tokenizer=data/text --set=ptb --input FILE...   one set from local text, one document per line
+    python data/zeroshot/prepare.py --tokenizer=gpt2
+    python data/zeroshot/prepare.py --tokenizer=data/text --set=ptb --input FILE...
 
-Splits and detokenisation as in MDLM: validation for ptb, wikitext, pubmed, arxiv; test for lm1b, ag_news, lambada (OpenAI's version).
-Two liberties: empty lines of wikitext are dropped, and white space around a document is.
+The first command downloads all seven from the hub (pip install datasets); the second reads one from local
+text, one document per line. Each becomes data/zeroshot/SET/, with a val split only. It must be encoded as the
+model's training text was: name that tokenizer, or the folder of that data, and add --wrap if its chunks are
+BOS ... EOS, as they are for kuleshov-group/mdlm-owt.
+
+Splits and detokenisation are MDLM's: validation for ptb, wikitext, pubmed and arxiv; test for lm1b, ag_news
+and lambada (OpenAI's version). But we drop empty lines of wikitext, and white space around a document.
 """
-import os, re, sys
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from lib.prepare import Arguments, UserError, read_files, read_hub, run, write
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for lib/ and data/
 from data.lm1b.prepare import detokenise as lm1b
+from lib.configurator import UserError, run
+from lib.prepare import Arguments, read_files, read_hub, write
 
 SETS = {  # repository, configuration, split, column, revision
-    'ptb': ('ptb-text-only/ptb_text_only', None, 'validation', 'sentence', 'refs/convert/parquet'),  # main still holds a script
-    'wikitext': ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation', 'text', None),  # the same articles as in wikitext-103
+    # its main branch still holds a script
+    'ptb': ('ptb-text-only/ptb_text_only', None, 'validation', 'sentence', 'refs/convert/parquet'),
+    # the same articles as in wikitext-103
+    'wikitext': ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation', 'text', None),
     'lm1b': ('dvruette/lm1b', None, 'test', 'text', None),
     'lambada': ('EleutherAI/lambada_openai', 'default', 'test', 'text', None),
     'ag_news': ('fancyzhx/ag_news', None, 'test', 'text', None),
-    'pubmed': ('ccdv/pubmed-summarization', 'document', 'validation', 'article', None),  # the parquet form of scientific_papers
+    # the parquet form of scientific_papers
+    'pubmed': ('ccdv/pubmed-summarization', 'document', 'validation', 'article', None),
     'arxiv': ('ccdv/arxiv-summarization', 'document', 'validation', 'article', None),
 }
+
 
 def replace(text, *pairs):
     for old, new in pairs:
         text = text.replace(old, new)
     return text
 
+
 def wikitext(text):
-    text = replace(text, ("s '", "s'"), (' @-@ ', '-'), (' @,@ ', ','), (' @.@ ', '.'), *((f' {c} ', f'{c} ') for c in ':;.!?,'))
-    for pattern, to in ((r'\(\s*([^)]*?)\s*\)', r'(\1)'), (r'\[\s*([^\]]*?)\s*\]', r'[\1]'), (r'{\s*([^}]*?)\s*}', r'{\1}'),
-                        (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'")):
+    text = replace(text, ("s '", "s'"), (' @-@ ', '-'), (' @,@ ', ','), (' @.@ ', '.'),
+                   *((f' {c} ', f'{c} ') for c in ':;.!?,'))
+    for pattern, to in ((r'\(\s*([^)]*?)\s*\)', r'(\1)'), (r'\[\s*([^\]]*?)\s*\]', r'[\1]'),
+                        (r'{\s*([^}]*?)\s*}', r'{\1}'), (r'"\s*([^"]*?)\s*"', r'"\1"'),
+                        (r"'\s*([^']*?)\s*'", r"'\1'")):
         text = re.sub(pattern, to, text)
-    return replace(text, ('= = = =', '===='), ('= = =', '==='), ('= =', '=='), (' ° ', '°'), (' \n', '\n'), ('\n ', '\n'), (' N ', ' 1 '),
-                   (" 's", "'s"))
+    return replace(text, ('= = = =', '===='), ('= = =', '==='), ('= =', '=='), (' ° ', '°'),
+                   (' \n', '\n'), ('\n ', '\n'), (' N ', ' 1 '), (" 's", "'s"))
+
 
 def ptb(text):
-    text = replace(text, (" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (' \n ', '\n'), (r'\/', '/'), *[(' N ', ' 1 ')] * 2)  # twice: "N N"
+    text = replace(text, (" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (' \n ', '\n'), (r'\/', '/'),
+                   (' N ', ' 1 '), (' N ', ' 1 '))  # twice, for "N N"
     return replace(text, ('$ 1', '$1'), ('# 1', '#1'), ('<unk>', '?'))
 
-DETOKENISE = {'ptb': ptb, 'wikitext': wikitext, 'lm1b': lm1b, 'lambada': lambda text: '\n' + replace(text, ('“', '"'), ('”', '"')),
-              'ag_news': str, 'pubmed': lambda text: lm1b(wikitext(text)), 'arxiv': lambda text: lm1b(wikitext(text))}
+
+def lambada(text):
+    return '\n' + replace(text, ('“', '"'), ('”', '"'))
+
+
+def paper(text):
+    return lm1b(wikitext(text))
+
+
+DETOKENISE = dict(ptb=ptb, wikitext=wikitext, lm1b=lm1b, lambada=lambada,
+                  ag_news=str, pubmed=paper, arxiv=paper)
+
 
 def main(argv):
     parser = Arguments(__doc__)
     parser.add_argument('--set', choices=SETS, help='only this one')
     args = parser.parse_args(argv)
     if args.tokenizer == 'char':
-        raise UserError("--tokenizer=char would make a new vocabulary: name the model's data instead, as in --tokenizer=data/shakespeare_char")
+        raise UserError("--tokenizer=char would make a new vocabulary: name the model's data instead, "
+                        'as in --tokenizer=data/shakespeare_char')
     if args.input and not args.set:
         raise UserError(f'--input needs --set, one of: {" ".join(SETS)}')
+
     def stream(name):
         repo, config, split, column, revision = SETS[name]
-        for text, ends in read_files(args.input, '\n') if args.input else read_hub(repo, config, split=split, column=column, revision=revision):
+        texts = (read_files(args.input, '\n') if args.input else
+                 read_hub(repo, config, split=split, column=column, revision=revision))
+        for text, ends in texts:
             if text := text.strip():
                 yield DETOKENISE[name](text), ends
     for name in [args.set] if args.set else SETS:
-        write(f'zeroshot/{name}', {'val': lambda: stream(name)}, args.tokenizer, rule=f'all of it: {SETS[name][0]}, {SETS[name][2]}, or --input',
-              wrap=args.wrap, workers=args.workers)
+        rule = f'all of it: {SETS[name][0]}, {SETS[name][2]}, or --input'
+        write(f'zeroshot/{name}', {'val': lambda name=name: stream(name)}, args.tokenizer,
+              rule=rule, wrap=args.wrap, workers=args.workers)
+
 
 if __name__ == '__main__':
     run(main)

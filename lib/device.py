@@ -1,0 +1,35 @@
+"""
+Devices: by name, their names, and compiling for them.
+"""
+import os
+import shutil
+
+import torch
+
+from lib.configurator import UserError
+
+
+def pick_device(name):
+    """'auto' | 'cpu' | 'cuda' | 'mps' -> torch.device; under torchrun each process takes its own GPU."""
+    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if not there.get(name):
+        found = ', '.join(k for k, v in there.items() if v)
+        raise UserError(f'device={name!r} is not there; this machine has: {found}')
+    if name == 'cuda':
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    return torch.device(name)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
+
+
+def compile_in_place(modules, device):
+    """torch.compile; names in the state dict stay as they are. UserError where a CPU's compiler is missing."""
+    compilers = os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'
+    if device.type == 'cpu' and not any(map(shutil.which, compilers)):
+        raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, '
+                        'or do without: --compile=False')
+    for module in modules:
+        module.compile()

@@ -1,0 +1,79 @@
+"""
+Several processes as one: who we are, how we meet, and what we add up.
+"""
+import os
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+
+
+def rank_and_world():
+    """The number of this process and how many there are, as torchrun says it."""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def connect(device):
+    """Joins the processes that torchrun started.
+
+    torchrun keeps one key-value store over its restarts, where a process may find the address of one that
+    died (pytorch issue 135712) and wait for it. So each attempt gets a prefix of its own: rank 0 draws it and
+    tells the others under names that no earlier attempt knew.
+    """
+    store, rank, world = next(dist.rendezvous('env://'))
+    prefix = name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'name of {rank}', name)
+        prefix = store.get(f'prefix for {name}').decode()  # waits for it
+        store.add(f'{prefix} arrived', 1)
+    while rank == 0 and store.add(f'{prefix} arrived', 0) < world - 1:
+        for key in (f'name of {r}' for r in range(1, world)):
+            if store.check([key]):
+                store.set(f'prefix for {store.get(key).decode()}', prefix)
+        time.sleep(0.01)
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
+
+
+def average_gradients(params, loss):
+    """Mean over the processes of the gradients, in place, and of the loss, which is returned: one all_reduce.
+
+    Not DistributedDataParallel, which must be told which weights take part. Here a weight without a gradient
+    (of the frozen stage, say) has none on any process, stays out, and AdamW leaves it untouched. The price is
+    that communication does not overlap with the backward pass.
+    """
+    if not dist.is_initialized():
+        return loss
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [loss[None]])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    *parts, loss = flat.split([g.numel() for g in grads] + [1])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+    return loss[0]
+
+
+def summed(tensor):
+    """The sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number):
+    """The largest of the processes' integers."""
+    if not dist.is_initialized():
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def gathered(rows):
+    """The rows of all W processes, side by side: (b, ...) -> (b, W, ...)."""
+    if not dist.is_initialized():
+        return rows[:, None]
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1)

@@ -1,0 +1,85 @@
+"""
+Files that are written whole or not at all, and lines of JSON.
+"""
+import contextlib
+import errno
+import json
+import math
+import os
+
+from lib.configurator import UserError
+
+
+@contextlib.contextmanager
+def whole(*paths):
+    """Gives a temporary name for each path; what is written there takes its place when the block ends well.
+
+    Otherwise nothing is left of it and the old files stay. Of several paths the last one marks the set: it is
+    removed before the others are replaced and comes back last, so there may be no set, but never half of one.
+    UserError if something cannot be written.
+    """
+    temps = [path + '.tmp' for path in paths]
+    folder = os.path.dirname(paths[-1]) or '.'
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for temp in temps:
+            open(temp, 'wb').close()  # fails now, rather than after the work
+        yield temps if len(temps) > 1 else temps[0]
+        for temp in temps:
+            with open(temp, 'rb+') as f:
+                os.fsync(f.fileno())
+        if len(paths) > 1 and os.path.exists(paths[-1]):
+            os.remove(paths[-1])
+        for temp, path in zip(temps, paths):
+            os.replace(temp, path)
+        sync_folder(folder)
+    except OSError as e:
+        raise UserError(f'cannot write {paths[-1]} ({e.strerror or e})') from e
+    finally:
+        for temp in temps:
+            with contextlib.suppress(OSError):  # renamed, or never written
+                os.remove(temp)
+
+
+def sync_folder(folder):
+    """Makes the new names survive a power cut, too."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def json_line(record):
+    """A dict as one line of JSON; JSON has no NaN, so what is not finite becomes null."""
+    def plain(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps({k: plain(v) for k, v in record.items()}) + '\n'
+
+
+def append(path, *records):
+    """Adds records to a .jsonl file, whole or not at all; without records it only tries. Raises UserError."""
+    lines = ''.join(map(json_line, records)).encode()
+    try:
+        with open(path, 'ab', buffering=0) as f:
+            written = f.write(lines)  # in one piece: a reader never sees half a line
+            if written < len(lines):
+                f.truncate(f.tell() - written)
+                raise OSError(errno.ENOSPC, 'the disk is full')
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror})') from e
+
+
+def read_lines(path):
+    """The JSON objects of a .jsonl file, in order; [] if there is none. A torn last line is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        lines = f.read().split('\n')
+    records = []
+    for line in lines[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError as e:
+            raise UserError(f'{path} holds a line that is no JSON: {line[:40]!r}') from e
+    return records

@@ -1,0 +1,81 @@
+"""
+What a training run says of itself: log.jsonl, the progress bar, and Weights & Biases.
+"""
+import math
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from lib.checkpoint import cut_log
+from lib.device import device_name
+from lib.distributed import summed
+from lib.files import append
+
+NO_BOUND = {'token channel': ' (of the tokens given the latent of the text itself, no bound)'}
+
+
+class Log:
+    """trainer: a Trainer of train.py;  start, tokens: where the run stands."""
+
+    def __init__(self, config, trainer, start, tokens):
+        self.c, self.trainer = SimpleNamespace(**config), trainer
+        self.path, self.first = os.path.join(self.c.out_dir, 'log.jsonl'), trainer.rank == 0
+        if self.first:
+            cut_log(self.path, start)
+            if self.c.init_from == 'scratch' and os.path.exists(os.path.join(self.c.out_dir, 'ckpt.pt')):
+                os.remove(os.path.join(self.c.out_dir, 'ckpt.pt'))
+            if self.c.wandb:
+                import wandb
+                self.wandb = wandb.init(project='nanoladd', name=os.path.basename(self.c.out_dir),
+                                        dir=self.c.out_dir, config=config)
+            self.introduce(start)
+        self.bar = tqdm(total=self.c.max_iters, initial=start, disable=not self.first, unit='step',
+                        mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+        self.clock, self.tokens = time.time(), tokens
+
+    def introduce(self, start):
+        c, method = self.c, self.trainer.method
+        weights = sum(p.numel() for p in method.parameters()) / 1e6
+        backbone = sum(p.numel() for m in method.backbones() for p in m.parameters()) / 1e6
+        print(f'{c.method} on {c.dataset}: {weights:.2f}M parameters, {backbone:.2f}M in transformers; '
+              f'{method.flops(c.block_size) / 1e9:.3g} GFLOPs per denoiser call; '
+              f'{c.batch_size * c.block_size:,} tokens per step; '
+              f'{self.trainer.world} x {device_name(self.trainer.device)}, {c.dtype}', flush=True)
+        if start:
+            more = '; a larger --max_iters goes on' if start >= c.max_iters else ''
+            print(f'{c.out_dir} is at step {start:,} of {c.max_iters:,}{more}', flush=True)
+
+    def record(self, numbers):
+        if self.first:
+            append(self.path, numbers)
+            if self.c.wandb:
+                self.wandb.log(numbers, step=numbers['step'])
+
+    def step(self, done, tokens, lr, logs, numbers):
+        """The only place where the host waits for the device."""
+        logs = dict(zip(logs, (summed(torch.stack([v.float() for v in logs.values()])) / self.trainer.world).tolist()))
+        numbers = dict(zip(numbers, torch.stack([v.float() for v in numbers.values()]).tolist()))
+        if numbers.pop('worst') >= 3:
+            text = f'error: loss or gradient was not finite in 3 steps in a row, up to step {done}; ' \
+                   f'{self.c.out_dir} keeps its last checkpoint; try a lower --learning_rate'
+            sys.exit(text if self.first else 1)
+        speed = (tokens - self.tokens) / (time.time() - self.clock)
+        self.record({'step': done, **logs, **numbers, 'lr': lr,
+                     'tokens_per_s': round(speed), 'tokens': tokens})
+        self.bar.set_postfix(loss=f'{numbers["loss"]:.4f}', tokens_per_s=f'{speed:,.0f}', refresh=False)
+        self.loss = numbers['loss']
+        self.restart_clock(tokens)
+
+    def validation(self, done, nats):
+        perplexity = math.exp(min(nats, 700))
+        self.record({'step': done, 'val_loss': nats, 'val_ppl': perplexity})
+        if self.first:
+            self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {nats:.4f} nats per token, perplexity '
+                           f'{perplexity:.2f}{NO_BOUND.get(self.trainer.method.likelihood, "")}')
+
+    def restart_clock(self, tokens):
+        self.clock, self.tokens = time.time(), tokens

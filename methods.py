@@ -1,0 +1,77 @@
+"""
+The methods by name, and the way from a name or a folder to one.
+
+    method, config = open_run('out/NAME', 'cpu')          a run of train.py, its averaged weights in eval mode
+    x = method.sample(16, steps=32)                       ids (16, L)
+    encoder = open_encoder('out/NAME', 'cpu')             a frozen encoder, of the Hugging Face hub or of our own
+"""
+import os
+
+from baselines.ar import AR
+from ladd import LADD
+from ldlm import LDLM
+from lib.checkpoint import averaged_weights, fingerprint, is_run, load
+from lib.configurator import UserError
+from lib.encoders import HubEncoder, RunEncoder, check_tokenizer
+from lib.hub import load_published
+from mdlm import MDLM
+
+METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR}
+
+
+def build(config):
+    """The untrained method that a flat config describes, which may hold other keys too. UserError if it cannot be."""
+    Method = METHODS.get(config['method'])
+    if not Method:
+        raise UserError(f'there is no method {config["method"]}; there are: {", ".join(METHODS)}')
+    try:
+        return Method(Method.Config.stored(config))
+    except ValueError as e:
+        raise UserError(f'{config["method"]}: {e}') from e
+
+
+def open_run(out_dir, device):
+    """-> (the method in eval mode on device, with its averaged weights; its flat config, with `step`)."""
+    checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
+    method = build(checkpoint['config'])
+    try:
+        method.load_state_dict(averaged_weights(checkpoint))
+    except RuntimeError as e:
+        raise UserError(f'{out_dir}/ckpt.pt does not fit the method {checkpoint["config"]["method"]} of today; '
+                        'train it anew with --init_from=scratch') from e
+    return method.to(device).eval(), {**checkpoint['config'], 'step': checkpoint['step']}
+
+
+def open_published(name, device):
+    """A hub id or folder of published MDLM weights -> (method in eval mode on device, its flat config)."""
+    config, state = load_published(name)
+    method = build(config)
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f'the weights of {name} do not fit its config.json') from e
+    return method.to(device).eval(), {**config, 'step': None}
+
+
+def open_encoder(name, device):
+    """name: a hub id, a folder of its format, or out/NAME of our AR -> a frozen encoder. UserError if there is none."""
+    if not is_run(name):
+        return HubEncoder(name, device)
+    method, config = open_run(name, device)
+    if method.likelihood != 'exact':  # it reads from left to right, as a language model of the hub does
+        raise UserError(f'the encoder {name} is {method.name}; it has to be AR, or a model of the Hugging Face hub')
+    return RunEncoder(method, config)
+
+
+def attach_encoder(method, data, device):
+    """Opens the frozen encoder that a method names and hands it in -> its fingerprint.
+
+    UserError unless it can read the data source and fits the method.
+    """
+    encoder = open_encoder(method.encoder_name, device)
+    check_tokenizer(encoder, data, method.wants_summary)
+    try:
+        method.attach(encoder)
+    except ValueError as e:
+        raise UserError(e) from e
+    return fingerprint(encoder.model)
