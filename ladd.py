@@ -1,18 +1,19 @@
 """
 LADD: masked diffusion with a latent channel (Latent-Augmented Discrete Diffusion Models).
 
-An encoder gives each text x_0 a latent z_0. Tokens and latents are noised independently, x_t as in MDLM, z_t by
+An encoder gives each text x_0 a latent z_0. Tokens and latents are noised independently, x_t as in MDLM,
+z_t by
     Co-LADD   Gaussian noise:  z_t = abar_t z_0 + sqrt(1 - abar_t^2) eps                        LADD eq. (20)
     Di-LADD   masking: z_0 is quantised first, and each code becomes [mask] with probability 1 - alpha_t
 and one MM-DiT sees both and predicts both:
     loss = lambda_x * token loss + lambda_z * latent loss                                       LADD eq. (14)
 
 Two ways to sample: *joint* moves both channels at every step; *sequential* makes the latent first, while all
-tokens are masked, and then the tokens given the clean latent. Two stages of training: first encoder, quantizer
-and token denoiser (lambda_z = 0), so that the latent learns to be useful; then encoder and codebook are frozen
-and everything else learns the full objective. A pretrained encoder is frozen from the start: Co-LADD then begins
-with the second stage, Di-LADD with the first, for its quantizer.
-Read in this order: latent schedules, samplers, the two channels, class LADD, encoders, quantizer.
+tokens are masked, and then the tokens given the clean latent. Two stages of training: first encoder,
+quantizer and token denoiser (lambda_z = 0), so that the latent learns to be useful; then encoder and
+codebook are frozen and everything else learns the full objective. A pretrained encoder is frozen from the
+start: Co-LADD then begins with the second stage, Di-LADD with the first, for its quantizer. Read in this
+order: latent schedules, samplers, the two channels, class LADD, encoders, quantizer.
 """
 import functools
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, reveal_tokens, 
 from model import DiT
 
 # ------------------------------------------------------------------------------------------------------------
-# schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: .0001 <= abar^2 <= .9999
+# schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: .0001 <= abar^2 <=
+# .9999
 
 def abar(t, schedule='vp_sqrt'):
     """Signal level of z_t; any tensor t in [0, 1] -> the same shape."""
@@ -46,10 +48,14 @@ def abar(t, schedule='vp_sqrt'):
 # ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions over
 #     denoise(x_t, z_t, t, where) -> token logits (where.sum(), V), latent prediction
-# and over the latent channel's own move `latent_step(z_t, prediction, t, s) -> z_s`, one of the two that follow
+# and over the latent channel's own move `latent_step(z_t, prediction, t, s) -> z_s`, one of the two that
+# follow
 
 def ddim_step(z_t, z0_hat, t, s, schedule='vp_sqrt'):
-    """DDIM with eta = 0, LADD eq. (40): z_t and z0_hat (n, M, D); the step to s = 0 returns the prediction."""
+    """DDIM with eta = 0, LADD eq.
+
+    (40): z_t and z0_hat (n, M, D); the step to s = 0 returns the prediction.
+    """
     if s == 0:
         return z0_hat
     a_t, a_s = abar(t, schedule), abar(s, schedule)
@@ -68,7 +74,10 @@ def code_step(z_t, logits, t, s, schedule='linear', generator=None):
 
 def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, eta=0.0, generator=None,
           callback=None):
-    """Both channels from t = 1 to 0 in `steps` calls, each seeing (x_t, z_t): LADD eq. (Joint), (65), (66)."""
+    """Both channels from t = 1 to 0 in `steps` calls, each seeing (x_t, z_t): LADD eq.
+
+    (Joint), (65), (66).
+    """
     given = x != mask_id
     x, times = x.clone(), time_grid(steps, x.device)
     for i, (t, s, (alpha_t, alpha_s)) in enumerate(zip(times[:-1], times[1:], pairs(alphas))):
@@ -99,7 +108,7 @@ class Config(mdlm.Config):
     latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
     num_latents: int = key(1, at_least=1, meaning=True)  # M
     latent_dim: int = key(32, at_least=1)  # D
-    latent_schedule: str = key('vp_sqrt', meaning=True)  # vp_linear | vp_cosine | vp_sqrt; codes: linear | polynomial
+    latent_schedule: str = key('vp_sqrt', meaning=True)  # vp_linear | vp_cosine | vp_sqrt; see Codes
     # usable codes (the paper's 512 counts the mask)
     codebook_size: int = key(511, at_least=1, only={'latent': 'discrete'})
     # per step; slower for small batches, which touch few codes
@@ -120,7 +129,7 @@ class Config(mdlm.Config):
     lambda_x: float = key(1.0, at_least=0)
     lambda_z: float = key(1.0, at_least=0)
     times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or not
-    p_drop: float = key(0.0, at_least=0, at_most=1, only={'latent': 'continuous'})  # latent dropout per sequence
+    p_drop: float = key(0.0, at_least=0, at_most=1, only={'latent': 'continuous'})  # of a sequence's latents
     # p_r ~ U[0, .9] per sequence: blank masked positions in the encoder's input with probability p_r
     encoder_dropout: bool = False
     # share of sequences in stage 2 with all tokens masked, where sequential sampling starts (our choice)
@@ -135,8 +144,8 @@ class Config(mdlm.Config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the latent channel: what it is that diffuses beside the tokens. z is its state, vectors or codes, in [0, 1] of
-# noise; the network sees vectors (b, M, D) of it, and predicts (b, M, outputs) from them
+# the latent channel: what it is that diffuses beside the tokens. z is its state, vectors or codes, in [0,
+# 1] of noise; the network sees vectors (b, M, D) of it, and predicts (b, M, outputs) from them
 
 class Noised(NamedTuple):
     """A training batch of latents after noising."""
@@ -214,7 +223,7 @@ class Codes(nn.Module):
         super().__init__()
         c = self.config = config
         self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
-        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # learnable, of a code's length
+        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # of a code's length
         self.quantising = True  # begin_step sets it while training
 
     @staticmethod
@@ -243,15 +252,16 @@ class Codes(nn.Module):
         """learning: the codebook takes note of the vectors, to move at the end of the step."""
         if not self.quantising:
             return Noised(e, e, torch.ones_like(t))
-        z_0, codes, vq_loss = self.quantizer(e, learning)  # z_0: code vectors with the straight-through gradient
+        z_0, codes, vq_loss = self.quantizer(e, learning)  # z_0: vectors with a straight-through gradient
         masked = self.corrupt(codes, t, noise) == self.config.codebook_size
         logs = {'code_perplexity': self.quantizer.perplexity(), 'code_usage': self.quantizer.usage()}
         return Noised(torch.where(masked[..., None], self.z_mask, z_0), codes, masked, vq_loss, logs)
 
     def loss(self, prediction, noised, t):
         """Cross-entropy of the masked codes, weighted as that of the tokens is."""
-        c = self.config
-        weight = elbo_weight(t.clamp(min=1e-4), c.latent_schedule) if c.weighting == 'elbo' else torch.ones_like(t)
+        weight = torch.ones_like(t)
+        if self.config.weighting == 'elbo':
+            weight = elbo_weight(t.clamp(min=1e-4), self.config.latent_schedule)
         return (self.nats(prediction, noised.target) * noised.scored * weight[:, None]).mean()
 
     def nats(self, prediction, codes):
@@ -271,7 +281,7 @@ class Codes(nn.Module):
         return code_step(z_t, prediction, t, s, self.config.latent_schedule, generator)
 
     def begin_step(self, step, stage, encoded_rows, noise):
-        """k-means starts the codebook when its time has come. encoded_rows(n) -> latents of n texts, (n, M, D)."""
+        """k-means starts the codebook at step vq_start. encoded_rows(n) -> latents of n texts, (n, M, D)."""
         c = self.config
         self.quantising = step >= c.vq_start
         if stage == 1 and step == c.vq_start:
@@ -304,7 +314,8 @@ class LADD(mdlm.MDLM):
         if c.latent_layers:
             self.latent_in = nn.Linear(c.latent_dim, c.hidden)
             # for M = 1 attention is a linear map, and this DiT is the paper's "small MLP" with AdaLN
-            self.latent_dit = DiT(c.hidden, c.latent_layers, c.num_heads, c.cond_dim, c.num_latents, dropout=c.dropout)
+            self.latent_dit = DiT(c.hidden, c.latent_layers, c.num_heads, c.cond_dim, c.num_latents,
+                                  dropout=c.dropout)
             self.latent_head = nn.Linear(c.hidden, Channel.outputs(c))
 
     # --- what the scripts ask ---
@@ -331,8 +342,8 @@ class LADD(mdlm.MDLM):
         c = self.config
         if c.stage1_iters or c.encoder and c.latent == 'continuous':
             return ''
-        return 'stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, or bring them along, ' \
-               '--init_from=out/OTHER'
+        return 'stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, or bring them ' \
+               'along, --init_from=out/OTHER'
 
     def attach(self, encoder):
         self.encoder.attach(encoder)
@@ -340,7 +351,7 @@ class LADD(mdlm.MDLM):
     # --- the denoisers ---
 
     def encode(self, x, blank=None, stored=None):
-        """x (b, L) -> latents before any quantizer, (b, M, D) fp32. stored: what the frozen encoder once said of x."""
+        """x (b, L) -> latents before any quantizer, (b, M, D) fp32. stored: the encoder's output, if kept."""
         return self.channel.normalised(self.encoder(x, blank).float() if stored is None else stored)
 
     def hidden_states(self, x_t, z_t, t_z):
@@ -393,7 +404,10 @@ class LADD(mdlm.MDLM):
         return t_x, noise.times('t_z') if c.times == 'independent' else t_x
 
     def forward(self, x, noise, z_0=None):
-        """Training loss of x (b, L) int64, LADD eq. (14), and logs. z_0: stored latents (b, M, D), instead of encoding x."""
+        """Training loss of x (b, L) int64, LADD eq.
+
+        (14), and logs. z_0: stored latents (b, M, D), instead of encoding x.
+        """
         c, stage1 = self.config, self.stage == 1
         t_x, t_z = self.draw_times(noise)
         x_t, mask = self.corrupt(x, t_x, noise)                                        # (b, L), (b, L)
@@ -454,11 +468,12 @@ class LADD(mdlm.MDLM):
         return options
 
     @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', x=None, z_0=None, generator=None, callback=None, **options):
-        """-> ids (n, L). joint: `steps` calls. seq: `latent_steps` calls for the latent, then `steps` for the tokens.
+    def sample(self, n, steps, strategy='', sampler='', x=None, z_0=None, generator=None, callback=None,
+               **options):
+        """-> ids (n, L). joint: `steps` calls. seq: `latent_steps` for the latent, `steps` for the tokens.
 
-        x: as MDLM's. z_0: a clean latent to write from, vectors (n, M, D) or codes (n, M), instead of the first
-        half of seq. options: temperature, top_p, eta of remdm, latent_steps of seq.
+        x: as MDLM's. z_0: a clean latent to write from, vectors (n, M, D) or codes (n, M), instead of the
+        first half of seq. options: temperature, top_p, eta of remdm, latent_steps of seq.
         """
         options = self.sampling_options(strategy, sampler, **options)
         x = self.all_masked(n) if x is None else x
@@ -496,12 +511,14 @@ class LADD(mdlm.MDLM):
             z_1 = self.channel.prior(len(x), x.device, generator)
             step = functools.partial(self.channel.step, generator=generator)
             z_0 = latent_chain(predict, z_1, latent_steps, step)
-        return reveal_tokens(denoise, x, self.mask_id, steps, self.config.schedule, **options, generator=generator)
+        return reveal_tokens(denoise, x, self.mask_id, steps, self.config.schedule, **options,
+                             generator=generator)
 
     # --- costs ---
 
     def backbones(self):
-        return [self.dit, *self.encoder.backbones()] + ([self.latent_dit] if self.config.latent_layers else [])
+        latent_dit = [self.latent_dit] if self.config.latent_layers else []
+        return [self.dit, *self.encoder.backbones(), *latent_dit]
 
     def flops(self, L):
         """Of one MM-DiT call, by the paper's formula over L + M positions."""
@@ -521,13 +538,14 @@ def refuse(c, Channel):
         raise ValueError(f'latent_schedule is one of {", ".join(Channel.schedules)} for {Channel.name}, '
                          f'not {c.latent_schedule!r}')
     if c.encoder and c.num_latents > c.block_size:
-        raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, which makes no '
+        raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, too few for '
                          f'num_latents={c.num_latents}')
     if c.encoder and c.stage1_iters and Channel is Vectors:
-        raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants stage1_iters=0')
+        raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants '
+                         'stage1_iters=0')
     if c.stored_latents and c.encoder_dropout:
-        raise ValueError('encoder_dropout blanks what the mask of each step hides, which stored latents cannot: '
-                         'stored_latents=True wants encoder_dropout=False')
+        raise ValueError('encoder_dropout blanks what the mask of each step hides, which stored latents '
+                         'cannot: stored_latents=True wants encoder_dropout=False')
     if c.vq_start and c.vq_start >= c.stage1_iters:
         raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than '
                          f'stage1_iters={c.stage1_iters}')
@@ -572,7 +590,8 @@ class FrozenEncoder(nn.Module):
 
     def attach(self, encoder):
         if self.latent_dim > encoder.width:
-            raise ValueError(f'latent_dim={self.latent_dim} coordinates are more than the {encoder.width} of the encoder')
+            raise ValueError(f'latent_dim={self.latent_dim} coordinates are more than the encoder\'s '
+                             f'{encoder.width}')
         self.pretrained = encoder
 
     @torch.compiler.disable
@@ -602,10 +621,10 @@ def in_fp32(method):
 class Quantizer(nn.Module):
     """A cosine-similarity codebook. Each latent, a unit vector, becomes the code nearest to it.
 
-    Codes are learned without gradients: a code is the running mean of the vectors that chose it. So codes start
-    where vectors are (k-means), and one that hardly any vector chooses starts again elsewhere. As
-    VectorQuantize of vector-quantize-pytorch with use_cosine_sim, the library that the paper names; the official
-    code has decay .95, commitment .1, a dead-code threshold of 2, and k-means of 10 iterations.
+    Codes are learned without gradients: a code is the running mean of the vectors that chose it. So codes
+    start where vectors are (k-means), and one that hardly any vector chooses starts again elsewhere. As
+    VectorQuantize of vector-quantize-pytorch with use_cosine_sim, the library that the paper names; the
+    official code has decay .95, commitment .1, a dead-code threshold of 2, and k-means of 10 iterations.
     """
     at_once = 4096  # vectors compared with all codes at a time: k-means sees 131,000 vectors for 8,191 codes
 
@@ -625,9 +644,9 @@ class Quantizer(nn.Module):
         return torch.cat([(part @ self.codebook.T).argmax(dim=-1) for part in parts]).view(e.shape[:-1])
 
     def forward(self, e, learning=False):
-        """Unit vectors e (b, M, D) -> quantised with a straight-through gradient, codes (b, M), commitment loss.
+        """Unit vectors e (b, M, D) -> quantised (straight-through), codes (b, M), commitment loss: eq. (74).
 
-        LADD eq. (74). learning: `learn` will move the codebook by these vectors.
+        learning: `learn` will move the codebook by these vectors.
         """
         codes = self.nearest(e)
         quantised = self.codebook[codes]
@@ -640,7 +659,8 @@ class Quantizer(nn.Module):
     def learn(self, finite, noise):
         """Once per step, by the vectors of the whole global batch: so every process makes the same move."""
         if self.met:
-            # micro-batches and processes interleave: (b, micro, ...) -> (b, micro, W, ...) is the batch's order
+            # micro-batches and processes interleave: (b, micro, ...) -> (b, micro, W, ...) is the batch's
+            # order
             e, codes = (torch.stack(parts, dim=1) for parts in zip(*self.met))
             e, codes = (gathered(part.flatten(0, 1)) for part in (e, codes))
             self.update(e.flatten(0, 2), codes.flatten(), finite, noise)
@@ -649,7 +669,8 @@ class Quantizer(nn.Module):
     def tally(self, e, codes):
         """How many of the vectors e (N, D) chose each code, and their sum: codes (N,) -> (K,), (K, D).
 
-        By products with 0 and 1: index_add_ is nondeterministic on a GPU, so codebooks of processes would diverge.
+        By products with 0 and 1: index_add_ is nondeterministic on a GPU, so codebooks of processes would
+        diverge.
         """
         counts, sums = 0, 0
         for part, chosen in zip(e.split(self.at_once), codes.split(self.at_once)):
@@ -668,7 +689,8 @@ class Quantizer(nn.Module):
         fresh = e[noise.permutation('revive', max(len(e), len(dead)))[:len(dead)] % len(e)]
         counts = torch.where(dead, self.dead_below, counts)
         sums = torch.where(dead[:, None], self.dead_below * fresh, sums)
-        for buffer, new in ((self.counts, counts), (self.sums, sums), (self.codebook, F.normalize(sums, dim=-1))):
+        codebook = F.normalize(sums, dim=-1)
+        for buffer, new in ((self.counts, counts), (self.sums, sums), (self.codebook, codebook)):
             buffer.copy_(torch.where(finite, new, buffer))
 
     @torch.no_grad()

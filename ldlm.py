@@ -1,24 +1,25 @@
 """
-LDLM: latent diffusion trained jointly with its latent space (How to Train Your Latent Diffusion Language Model).
+LDLM: latent diffusion trained jointly with its latent space (How to Train Your Latent Diffusion Language
+Model).
 
     h = token encoder(x)      frozen and pretrained, each feature scaled to mean 0 and variance 1
     z = E(h)                  one latent per token
-    h_hat = D(z + sigma_dec eps),   logits = token decoder(stop_grad(h_hat));   when sampling without the noise
+    h_hat = D(z + sigma_dec eps),  logits = token decoder(stop_grad(h_hat));  without the noise when sampling
     z_t = alpha_t z + sigma_t eps,  z_hat = denoiser(z_t, t, earlier z_hat)
     loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                             LDLM eq. (1) - (4)
 
-With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the recipe
-prevent that, a key each:
-    reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep, so latents of similar
-                           states may be similar
-    encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the denoiser
-                           itself learns at full strength from the start
+With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the
+recipe prevent that, a key each:
+    reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep, so latents of
+                           similar states may be similar
+    encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the
+                           denoiser itself learns at full strength from the start
     adaptive_t             times are drawn so that the loss rises evenly over them
     sigma_dec              noise in the decoder's input: only large and smooth latents can be read through it
 Sampling runs the denoiser from noise to z_0 and decodes once. There is no likelihood.
-The paper's text lost its formulas. Where a value comes from is marked [paper], [second-hand], [family] (code by
-the same authors), [checked] (derived, and confirmed by a number that survives) or [choice].
-Read in this order: schedule, samplers, adaptive times, transformer, class LDLM.
+The paper's text lost its formulas. Where a value comes from is marked [paper], [second-hand], [family]
+(code by the same authors), [checked] (derived, and confirmed by a number that survives) or [choice]. Read
+in this order: schedule, samplers, adaptive times, transformer, class LDLM.
 """
 import math
 from dataclasses import dataclass
@@ -38,21 +39,24 @@ from model import DiT, attend, head_cross_entropy, rope_table, rotate, rows_at_o
 # from no noise at t = 0 to nothing but noise at t = 1
 
 def alpha_sigma(t, d=3.0):
-    """Signal and noise levels of z_t; any tensor t in [0, 1] -> two of the same shape, alpha^2 + sigma^2 = 1."""
+    """Signal and noise level of z_t, alpha^2 + sigma^2 = 1; any tensor t in [0, 1] -> two of its shape."""
     a, s = torch.cos(t * math.pi / 2), d * torch.sin(t * math.pi / 2)
     return a / torch.hypot(a, s), s / torch.hypot(a, s)
 
 
 def beta(t, d=3.0):
-    """-2 d log alpha_t / dt, the rate of the SDE dz = -beta/2 z dt + sqrt(beta) dW; infinite at t = 1, so t stops at .95 [family]."""
+    """-2 d log alpha_t / dt, the rate of the SDE dz = -beta/2 z dt + sqrt(beta) dW.
+
+    It is infinite at t = 1, so t stops at .95 [family].
+    """
     tan = torch.tan(t.clamp(max=0.95) * math.pi / 2)
     return math.pi * d**2 * tan * (1 + tan**2) / (1 + d**2 * tan**2)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# samplers: pure functions over `denoise(z_t, t, z_self) -> z_0 hat`, all latents (n, L, D), t a scalar, one call per step
-# z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al., 2023, arXiv:2208.04202).
-# callback(i, z_0 hat) sees every step.
+# samplers: pure functions over `denoise(z_t, t, z_self) -> z_0 hat`, all latents (n, L, D), t a scalar, one
+# call per step z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al.,
+# 2023, arXiv:2208.04202). callback(i, z_0 hat) sees every step.
 
 T_END = 0.05  # where Euler-Maruyama stops [family]
 
@@ -90,16 +94,16 @@ def ddim(denoise, z, steps, d=3.0, callback=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# adaptive times: LDLM section 5.3. With a density of t proportional to the slope of the loss, the loss is linear in
-# the quantile of t
+# adaptive times: LDLM section 5.3. With a density of t proportional to the slope of the loss, the loss is
+# linear in the quantile of t
 
 class AdaptiveTimes(nn.Module):
-    """Times from bins of equal width, drawn with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
+    """Times from bins of equal width, with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
 
     Each bin has a running mean of its losses, kept as two sums that forget at the same rate, so a bin that is
-    seldom visited needs no initial value. The loss at an edge is the mean of its two bins' [choice; the paper has
-    running means at the edges and does not say how a loss gets there]. Splitting each loss between the two
-    nearest edges would bias every edge towards the side with more draws.
+    seldom visited needs no initial value. The loss at an edge is the mean of its two bins' [choice; the
+    paper has running means at the edges and does not say how a loss gets there]. Splitting each loss
+    between the two nearest edges would bias every edge towards the side with more draws.
     """
 
     def __init__(self, bins, memory, floor):
@@ -110,7 +114,7 @@ class AdaptiveTimes(nn.Module):
         self.register_buffer('new', torch.zeros(2, bins), persistent=False)  # the same, of this step
 
     def draw(self, noise):
-        """t (b,): bin i with probability p_i, then uniform in it; both by one stratified u through the inverse CDF."""
+        """t (b,): bin i with probability p_i, then uniform in it; one stratified u gives both."""
         u, cdf = noise.times('t'), self.p.cumsum(dim=0)
         i = torch.searchsorted(cdf, u).clamp(max=self.bins - 1)  # the sum may round to less than 1
         return ((i + 1 + (u - cdf[i]) / self.p[i]) / self.bins).clamp(0, 1)
@@ -142,7 +146,8 @@ class AdaptiveTimes(nn.Module):
 
     def by_quarter(self):
         """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""
-        loss, count = (torch.stack([part.sum() for part in row.tensor_split(4)]) for row in self.sums + self.new)
+        quarters = [part.sum(dim=1) for part in (self.sums + self.new).tensor_split(4, dim=1)]
+        loss, count = torch.stack(quarters, dim=1)
         return loss / count.clamp(min=1e-12)
 
 
@@ -150,10 +155,11 @@ class AdaptiveTimes(nn.Module):
 # the transformer of encoder and decoders
 
 class Block(nn.Module):
-    """Attention and MLP without time. With a context it is a Perceiver Resampler's block (Alayrac et al., 2022).
+    """Attention and MLP without time. With a context it is a Perceiver Resampler's block (Alayrac et al.,
+    2022, arXiv:2204.14198).
 
-    Queries come from x, keys and values from x and from the context, each by projections of their own; queries
-    and keys are normalised [family].
+    Queries come from x, keys and values from x and from the context, each by projections of their own;
+    queries and keys are normalised [family].
     """
 
     def __init__(self, d, num_heads, context, swiglu):
@@ -169,13 +175,17 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * d, d, bias=not swiglu)
 
     def forward(self, x, cos, sin, context=None):
-        """x, context (b, L, d) -> like x. RoPE [choice]: place l of x and place l of the context are the same place."""
+        """x, context (b, L, d) -> like x.
+
+        RoPE [choice]: place l of x and place l of the context are the same place.
+        """
         def heads(y):
             return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (b, H, L, d / H)
         q, k, v = (heads(y) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         q, k = (rotate(norm(y.float()), cos, sin) for norm, y in ((self.norm_q, q), (self.norm_k, k)))
         if context is not None:
-            k_context, v_context = (heads(y) for y in self.kv_context(self.norm_context(context)).chunk(2, dim=-1))
+            kv = self.kv_context(self.norm_context(context))
+            k_context, v_context = (heads(y) for y in kv.chunk(2, dim=-1))
             k = torch.cat((k, rotate(self.norm_k(k_context.float()), cos, sin)), dim=2)
             v = torch.cat((v, v_context), dim=2)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, causal=False)
@@ -188,7 +198,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(b, L, d) -> (b, L, d). perceiver: L learned vectors read the input in every block; else the input moves."""
+    """(b, L, d) -> (b, L, d). perceiver: L learned vectors read the input in every block."""
 
     def __init__(self, d, num_layers, num_heads, L, perceiver=False, swiglu=False):
         super().__init__()
@@ -205,7 +215,7 @@ class Transformer(nn.Module):
         return x
 
     def flops(self, L):
-        """Forward FLOPs, counted as DiT's: L times the matrices, and attention to L places, a perceiver's to 2 L."""
+        """Forward FLOPs, counted as DiT's; a perceiver's attention is to 2 L places."""
         weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() > 1)
         places = L if self.queries is None else 2 * L
         return L * weights + len(self.blocks) * 2 * L * places * self.blocks[0].out.out_features
@@ -214,7 +224,7 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # the method
 
-STATE_TOKENS = 2**16  # of training text, whose states give mean and variance [choice; paper: the whole data set's]
+STATE_TOKENS = 2**16  # whose states give mean and variance [choice; paper: the whole data set's]
 TRAINS_DENOISER, TRAINS_AUTOENCODER = ('joint', 'diffusion'), ('joint', 'autoencoder')
 ADAPTIVE = {'adaptive_t': True, 'stage': TRAINS_DENOISER}
 
@@ -233,12 +243,14 @@ class Config(Keys):
     self_conditioning: float = key(0.5, at_least=0, at_most=1, only={'stage': TRAINS_DENOISER})
     tangent: float = key(3.0, above=0, meaning=True, only={'stage': Not(['autoencoder'])})  # d [second-hand]
     # the autoencoder; its heads are as wide as the denoiser's
-    token_encoder: str = key('gpt2', meaning=True)  # hub id, folder, out/NAME of our AR | scratch: trained embeddings
-    # which of its hidden states: -1 the output, -3 the paper's third to last, 0 its embeddings, with its positions
+    # a hub id, a folder, or out/NAME of our AR | scratch: trained embeddings
+    token_encoder: str = key('gpt2', meaning=True)
+    # which of its hidden states: -1 the output, -3 the paper's third to last, 0 its embeddings, with its
+    # positions
     layer: int = key(-3, meaning=True, only={'token_encoder': Not(['scratch'])})
     latent_dim: int = key(768, at_least=1)  # D: width of z and of h, which the token encoder decides
     latent_encoder: str = key('perceiver', choices=('perceiver', 'attention', 'none'))  # none: z = h
-    latent_layers: int = key(6, at_least=1, only={'latent_encoder': Not(['none'])})  # of encoder and decoder each
+    latent_layers: int = key(6, at_least=1, only={'latent_encoder': Not(['none'])})  # of encoder, of decoder
     decoder_layers: int = key(3, at_least=0)  # of the token decoder under its vocabulary head
     # what the token decoder reads: states h_hat | latents, without the latent decoder (appendix B.2)
     decode_from: str = key('states', choices=('states', 'latents'), meaning=True)
@@ -253,8 +265,8 @@ class Config(Keys):
     adaptive_memory: float = key(0.999, at_least=0, at_most=1, only=ADAPTIVE)  # per step
     adaptive_every: int = key(5000, at_least=1, only=ADAPTIVE)  # steps between new probabilities
     adaptive_floor: float = key(0.1, at_least=0, only=ADAPTIVE)  # least rise of a bin, in mean rises [choice]
-    # what is trained: joint | autoencoder | diffusion: all but the autoencoder | decoder: only the token decoder;
-    # --init_from=out/OTHER brings the part that is frozen
+    # what is trained: joint | autoencoder | diffusion: all but the autoencoder | decoder: only the token
+    # decoder; --init_from=out/OTHER brings the part that is frozen
     stage: str = key('joint', choices=('joint', 'autoencoder', 'diffusion', 'decoder'), meaning=True)
     token_loss: bool = key(True, only={'stage': TRAINS_AUTOENCODER})  # False: left for stage=decoder
     # share of places whose h the encoder does not see in training (COSMOS, its smoothing) [choice]
@@ -293,7 +305,8 @@ class LDLM(Method):
         self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, L, dropout=c.dropout)
         self.z_out = nn.Linear(c.hidden, D)
         self.times = AdaptiveTimes(c.adaptive_bins, c.adaptive_memory, c.adaptive_floor)
-        # begin_step sets it; a tensor, since a compiled step that saw a number would be recompiled for each new one
+        # begin_step sets it; a tensor, since a compiled step that saw a number would be recompiled for each
+        # new one
         self.register_buffer('gamma', torch.ones(()), persistent=False)
         for layer in (self.head, self.z_out):
             nn.init.zeros_(layer.weight)
@@ -312,9 +325,9 @@ class LDLM(Method):
             raise ValueError(f'{c.token_encoder} has hidden states of width {encoder.width}: '
                              f'--latent_dim={encoder.width}, not {c.latent_dim}')
         if not -encoder.num_layers - 1 <= c.layer <= encoder.num_layers:
-            raise ValueError(f'{c.token_encoder} has {encoder.num_layers} layers: --layer=0 (its embeddings) to '
-                             f'{encoder.num_layers}, or from the last one down -1 to {-encoder.num_layers - 1}, '
-                             f'not {c.layer}')
+            raise ValueError(f'{c.token_encoder} has {encoder.num_layers} layers: --layer=0 (its embeddings) '
+                             f'to {encoder.num_layers}, or from the last one down -1 to '
+                             f'{-encoder.num_layers - 1}, not {c.layer}')
         self.token_encoder = encoder
 
     def reusable(self, weights, old, new):
@@ -332,7 +345,7 @@ class LDLM(Method):
         return self.token_encoder(x, layer=self.config.layer, summary=False)[0].float()
 
     def states(self, x):
-        """h (b, L, D) of x (b, L): mean 0 and variance 1 of each feature over the data [paper]; embeddings as they are."""
+        """h (b, L, D) of x (b, L): each feature of mean 0 and variance 1 over the data [paper]."""
         if self.config.token_encoder == 'scratch':
             return self.embed(x)
         return (self.raw_states(x) - self.state_mean) / self.state_std
@@ -359,7 +372,10 @@ class LDLM(Method):
 
     @torch.no_grad()
     def interpolate(self, x_a, x_b, weights):
-        """Decodes (1 - w) z_a + w z_b for each w: two texts (b, L) -> ids (len(weights), b, L). LDLM figure 3 (left)."""
+        """Decodes (1 - w) z_a + w z_b for each w: two texts (b, L) -> ids (len(weights), b, L).
+
+        LDLM figure 3 (left).
+        """
         z_a, z_b = self.encode(self.states(x_a)), self.encode(self.states(x_b))
         return torch.stack([self.tokens((1 - w) * z_a + w * z_b) for w in weights])
 
@@ -367,7 +383,7 @@ class LDLM(Method):
 
     @torch.no_grad()
     def begin_step(self, step, noise, draw_rows):
-        """gamma and times for this step; before the first one, statistics of the states, unless they came along."""
+        """gamma and times for this step; before the first, statistics of the states, unless there already."""
         c = self.config
         self.gamma.fill_(warmup(step, c.encoder_warmup))
         self.times.forget()
@@ -401,7 +417,7 @@ class LDLM(Method):
         if c.stage in TRAINS_DENOISER:
             losses['diff_loss'] = self.diffusion_loss(z, noise)
             logs['time_bins'] = perplexity(self.times.p)  # how many are in use
-            logs |= zip(('diff_t0', 'diff_t25', 'diff_t50', 'diff_t75'), self.times.by_quarter())  # by quarters of t
+            logs |= zip(('diff_t0', 'diff_t25', 'diff_t50', 'diff_t75'), self.times.by_quarter())
         if c.stage != 'diffusion':
             decoded, logs['accuracy'] = self.decoder_losses(x, h, z, noise)
             losses |= decoded
@@ -411,9 +427,10 @@ class LDLM(Method):
         return loss, {k: v.detach() for k, v in logs.items() if v is not None}
 
     def diffusion_loss(self, z, noise):
-        """LDLM eq. (1) for clean latents z (b, L, D) -> scalar. What flows back into z is gamma times the gradient.
+        """LDLM eq. (1) for clean latents z (b, L, D) -> scalar.
 
-        Appendix A.2, eq. (28), in a form that leaves the value exactly z; it is input *and* target.
+        What flows back into z is gamma times the gradient: appendix A.2, eq. (28), in a form that leaves the
+        value exactly z. It is input *and* target.
         """
         c = self.config
         z = z.detach() + self.gamma * (z - z.detach())
@@ -435,7 +452,7 @@ class LDLM(Method):
         return self.z_out(self.dit(h, t=[t])).float()
 
     def decoder_losses(self, x, h, z, noise):
-        """LDLM eq. (2) and (3) for texts x (b, L), states h and latents z (b, L, D) -> {name: scalar}, accuracy or None."""
+        """LDLM eq. (2), (3) of x (b, L), h and z (b, L, D) -> {name: scalar}, accuracy or None."""
         c, losses, accuracy = self.config, {}, None
         trains_autoencoder = c.stage in TRAINS_AUTOENCODER
         source = z + c.sigma_dec * noise.normal('decoder', *z.shape[1:])
@@ -452,9 +469,12 @@ class LDLM(Method):
         return losses, accuracy
 
     def token_loss(self, source, x):
-        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq. (3); accuracy at 64 places of the batch."""
+        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq.
+
+        (3); accuracy at 64 places of the batch.
+        """
         h, ids = self.token_decoder(source).flatten(0, 1), x.flatten()
-        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not always a text's first place
+        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not first places only
         with torch.no_grad():
             accuracy = (self.head(h[some]).argmax(dim=-1) == ids[some]).float().mean()
         weights = torch.full_like(ids, 1 / len(ids), dtype=torch.float32)
@@ -472,8 +492,8 @@ class LDLM(Method):
     def sample(self, n, steps, strategy='', sampler='', generator=None, callback=None, **options):
         """-> ids (n, L) after `steps` calls of the denoiser; decoder and head run once, at the end.
 
-        euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family], and
-        ddim ends at z_0 hat by itself. callback(step, x) has every estimate decoded.
+        euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family],
+        and ddim ends at z_0 hat by itself. callback(step, x) has every estimate decoded.
         """
         c, sampler = self.config, self.sampling_options(strategy, sampler, **options)['sampler']
         z = torch.randn(n, c.block_size, c.latent_dim, device=self.head.weight.device, generator=generator)
@@ -500,7 +520,7 @@ class LDLM(Method):
 
     def sampling_flops(self, L, steps, **options):
         """The calls, and decoding once."""
-        decoders = [self.token_decoder, self.decoder] if self.config.decode_from == 'states' else [self.token_decoder]
+        decoders = [self.token_decoder] + [self.decoder] * (self.config.decode_from == 'states')
         decoding = sum(m.flops(L) for half in decoders for m in half.modules() if isinstance(m, Transformer))
         return super().sampling_flops(L, steps) + decoding
 
@@ -509,16 +529,17 @@ class LDLM(Method):
         c = self.config
         if c.stage != 'joint':
             raise ValueError('the FLOPs of LDLM are counted for stage=joint')
-        trained = self.flops(L) + sum(m.flops(L) for m in self.transformers()) + L * c.latent_dim * c.vocab_size
-        return 6 * trained + 2 * self.flops(L) * (c.self_conditioning > 0)
+        autoencoder = sum(m.flops(L) for m in self.transformers())
+        head, estimate = L * c.latent_dim * c.vocab_size, self.flops(L) * (c.self_conditioning > 0)
+        return 6 * (self.flops(L) + autoencoder + head) + 2 * estimate
 
 
 def refuse(c):
     """ValueError for values that do not go together."""
     head_dim = c.hidden // c.num_heads
     if c.latent_dim % head_dim:
-        raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of the '
-                         'denoiser (hidden / num_heads)')
+        raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of '
+                         'the denoiser (hidden / num_heads)')
     if c.token_encoder == 'scratch' and c.reconstruction != 'ce':
         raise ValueError('trained embeddings are no target for a squared error: token_encoder=scratch needs '
                          'reconstruction=ce')
@@ -526,11 +547,14 @@ def refuse(c):
         raise ValueError(f'reconstruction={c.reconstruction} is a token loss through the latent decoder: '
                          'token_loss=True, decode_from=states')
     if c.stage == 'autoencoder' and c.latent_encoder == 'none' and not c.token_loss:
-        raise ValueError('stage=autoencoder with latent_encoder=none and token_loss=False leaves nothing to train')
+        raise ValueError('stage=autoencoder with latent_encoder=none and token_loss=False trains nothing')
 
 
 def warmup(step, length, midpoint=0.8, steepness=10.0):
-    """gamma(s), a sigmoid stretched to reach 0 at step 0 and 1 at `length`, LDLM eq. (29), (30) [second-hand]."""
+    """gamma(s), a sigmoid stretched to reach 0 at step 0 and 1 at `length`, LDLM eq.
+
+    (29), (30) [second-hand].
+    """
     def S(x):
         return 1 / (1 + math.exp(-steepness * (x - midpoint)))
     return (S(step / length) - S(0)) / (S(1) - S(0)) if step < length else 1.0

@@ -1,7 +1,7 @@
 """
 MDLM: masked discrete diffusion for text (Sahoo et al., 2024, arXiv:2406.07524; LADD section 2.2).
 
-    forward     every token becomes [mask] with probability 1 - alpha_t, independently; alpha_0 = 1, alpha_1 = 0
+    forward     each token becomes [mask] with probability 1 - alpha_t, on its own; alpha_0 = 1, alpha_1 = 0
     denoiser    a DiT that sees x_t, not t, and gives p_theta(x_0 | x_t) at the masked positions
     loss        E_t  -alpha'_t / (1 - alpha_t)  sum over masked l of  -log p_theta(x_l | x_t)     LADD eq. (6)
     sampler     start from all [mask]; from t to s < t reveal each masked position with probability
@@ -58,13 +58,16 @@ def wide(device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`, x_t int64 and where bool, (n, L)
-# A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1 outcomes.
-# It is safe in low precision, which Gumbel noise in fp32 over 50k words is not, and the vocabulary head runs
-# only where a token is about to appear.
+# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`, x_t int64 and where bool,
+# (n, L) A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1
+# outcomes. It is safe in low precision, which Gumbel noise in fp32 over 50k words is not, and the
+# vocabulary head runs only where a token is about to appear.
 
 def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
-    """One token for each row of logits (R, V) -> int64 (R,). temperature 0 takes the mode; top_p < 1 keeps the nucleus."""
+    """One token for each row of logits (R, V) -> int64 (R,).
+
+    temperature 0 takes the mode; top_p < 1 keeps the nucleus.
+    """
     logits = logits.to(wide(logits.device))
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -78,11 +81,11 @@ def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
 
 
 def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):
-    """The first draw of a step t -> s: which positions are revealed and which are masked again; bool, like x_t.
+    """The first draw of a step t -> s: which positions are revealed, and which masked again; bool, as x_t.
 
     eta = 0 is the reverse process itself, LADD eq. (47): nothing is masked again. eta in (0, 1] is
-    ReMDM-rescale (Wang et al., 2025, arXiv:2503.00307): eta times the largest rate of masking again that keeps
-    the marginals, except at the positions `given`.
+    ReMDM-rescale (Wang et al., 2025, arXiv:2503.00307): eta times the largest rate of masking again that
+    keeps the marginals, except at the positions `given`.
     """
     masked = x_t == mask_id
     sigma = eta * min(1.0, float((1 - alpha_s) / alpha_t)) if eta else 0.0
@@ -93,7 +96,7 @@ def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):
 
 
 def ancestral(denoise, x, alphas, mask_id, draw=draw_tokens, eta=0.0, generator=None, callback=None):
-    """Reveals the [mask]s of x (n, L) along alphas, a grid from alpha_1 up to alpha_0; what x already holds stays."""
+    """Reveals the [mask]s of x (n, L) along alphas, a grid from alpha_1 to alpha_0; the rest of x stays."""
     given = x != mask_id
     x = x.clone()
     for i, (alpha_t, alpha_s) in enumerate(pairs(alphas)):
@@ -130,8 +133,8 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
 
 DRAW = {'temperature': key(1.0, at_least=0), 'top_p': key(1.0, above=0, at_most=1)}
 SAMPLERS = {'ancestral': DRAW,
-            'first_hitting': DRAW,                                      # as many calls as tokens, whatever steps says
-            'remdm': DRAW | {'eta': key(1.0, at_least=0, at_most=1)}}   # ancestral, but masks some again
+            'first_hitting': DRAW,                                     # one call a token, whatever steps says
+            'remdm': DRAW | {'eta': key(1.0, at_least=0, at_most=1)}}  # ancestral, but masks some again
 
 
 def reveal_tokens(denoise, x, mask_id, steps, schedule, sampler, temperature, top_p, eta=0.0, generator=None,
@@ -140,7 +143,8 @@ def reveal_tokens(denoise, x, mask_id, steps, schedule, sampler, temperature, to
     draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
     if sampler == 'first_hitting':
         return first_hitting(denoise, x, mask_id, draw, generator, callback)
-    return ancestral(denoise, x, alpha(time_grid(steps, x.device), schedule), mask_id, draw, eta, generator, callback)
+    alphas = alpha(time_grid(steps, x.device), schedule)
+    return ancestral(denoise, x, alphas, mask_id, draw, eta, generator, callback)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ class MDLM(Method):
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
-        t = times_from(1e-4, noise.times('t_x', shuffled=False))  # as in the official code: the weight is 1 / t
+        t = times_from(1e-4, noise.times('t_x', shuffled=False))  # as in the official code: the weight is 1/t
         x_t, mask = self.corrupt(x, t, noise)
         h = self.dit(self.embed(x_t))                                                  # (b, L, d)
         loss, overflow = self.token_loss(h, x, mask, t)
@@ -193,10 +197,12 @@ class MDLM(Method):
     def token_loss(self, h, x, mask, t, stratified=True):
         """The weighted cross-entropy at the masked positions, per token: LADD eq. (6), (12).
 
-        h (b, L, d), x and mask (b, L), t (b,) -> scalar, and how many masked positions found no slot (see masked_rows).
+        h (b, L, d), x and mask (b, L), t (b,) -> scalar, and how many masked positions found no slot (see
+        masked_rows).
         """
         rows, used, overflow = masked_rows(mask, stratified)                           # (R,), (R,)
-        weight = elbo_weight(t, self.config.schedule) if self.config.weighting == 'elbo' else torch.ones_like(t)
+        c = self.config
+        weight = elbo_weight(t, c.schedule) if c.weighting == 'elbo' else torch.ones_like(t)
         weights = weight.repeat_interleave(x.shape[1])[rows] * used / x.numel()        # (R,)
         return head_cross_entropy(self.head, h.flatten(0, 1)[rows], x.flatten()[rows], weights), overflow
 
@@ -214,7 +220,10 @@ class MDLM(Method):
         return nats.sum(dim=1)
 
     def reconstruction(self, x, noise):
-        """E[-log p(x_0 | x_t)] at t = 0, LADD eq. (53): nothing unless alpha_0 < 1 (the geometric schedule)."""
+        """E[-log p(x_0 | x_t)] at t = 0, LADD eq.
+
+        (53): nothing unless alpha_0 < 1 (the geometric schedule).
+        """
         if self.config.schedule != 'geometric':
             return 0.0
         x_0, mask = self.corrupt(x, torch.zeros(len(x), device=x.device), noise)
@@ -257,18 +266,19 @@ def times_from(t_min, t):
 
 
 def masked_rows(mask, stratified=True):
-    """Row numbers of the masked positions of mask (b, L), in a number of slots fixed before the mask is drawn.
+    """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed beforehand.
 
     A fixed shape keeps the step free of host synchronisation and recompilation. For stratified times the
-    number of slots is the mean count, plus the most that the common offset of b evenly spaced times can add to
-    it, plus 6 sigma of the coin flips; for other times it is every position.
-    -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
+    number of slots is the mean count, plus the most that the common offset of b evenly spaced times can add
+    to it, plus 6 sigma of the coin flips; for other times it is every position. -> rows (R,) int64, used
+    (R,) bool, overflow: how many masked positions found no slot
     """
     b, L = mask.shape
     capacity = min(b * L, int(b * L / 2 + L / 2 + 6 * (b * L / 6) ** 0.5) + 1) if stratified else b * L
     flat = mask.flatten()
     if mask.device.type == 'cpu' and not torch.compiler.is_compiling():
-        # nothing to synchronise with: drop empty slots, but keep to a few sizes, for which the CPU caches kernels
+        # nothing to synchronise with: drop empty slots, but keep to a few sizes, for which the CPU caches
+        # kernels
         capacity = min(capacity, int(flat.sum()) // 64 * 64 + 64)
     rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
     return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)

@@ -3,7 +3,7 @@ The methods by name, and the way from a name or a folder to one.
 
     method, config = open_run('out/NAME', 'cpu')          a run of train.py, its averaged weights in eval mode
     x = method.sample(16, steps=32)                       ids (16, L)
-    encoder = open_encoder('out/NAME', 'cpu')             a frozen encoder, of the Hugging Face hub or of our own
+    encoder = open_encoder('out/NAME', 'cpu')             a frozen encoder, of the hub or of our own
 """
 import os
 
@@ -20,7 +20,10 @@ METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR}
 
 
 def build(config):
-    """The untrained method that a flat config describes, which may hold other keys too. UserError if it cannot be."""
+    """The untrained method that a flat config describes, which may hold other keys too.
+
+    UserError if it cannot be.
+    """
     Method = METHODS.get(config['method'])
     if not Method:
         raise UserError(f'there is no method {config["method"]}; there are: {", ".join(METHODS)}')
@@ -37,7 +40,7 @@ def open_run(out_dir, device):
     try:
         method.load_state_dict(averaged_weights(checkpoint))
     except RuntimeError as e:
-        raise UserError(f'{out_dir}/ckpt.pt does not fit the method {checkpoint["config"]["method"]} of today; '
+        raise UserError(f'{out_dir}/ckpt.pt does not fit today\'s {method.name}; '
                         'train it anew with --init_from=scratch') from e
     return method.to(device).eval(), {**checkpoint['config'], 'step': checkpoint['step']}
 
@@ -54,22 +57,27 @@ def open_published(name, device):
 
 
 def open_encoder(name, device):
-    """name: a hub id, a folder of its format, or out/NAME of our AR -> a frozen encoder. UserError if there is none."""
+    """name: a hub id, a folder of its format, or out/NAME of our AR -> a frozen encoder.
+
+    UserError if there is none.
+    """
     if not is_run(name):
         return HubEncoder(name, device)
     method, config = open_run(name, device)
     if method.likelihood != 'exact':  # it reads from left to right, as a language model of the hub does
-        raise UserError(f'the encoder {name} is {method.name}; it has to be AR, or a model of the Hugging Face hub')
+        raise UserError(f'the encoder {name} is {method.name}; it has to be AR, or a model of the hub')
     return RunEncoder(method, config)
 
 
 def attach_encoder(method, data, device):
     """Opens the frozen encoder that a method names and hands it in -> its fingerprint.
 
+    data: None for random tokens, which mean nothing to any encoder
     UserError unless it can read the data source and fits the method.
     """
     encoder = open_encoder(method.encoder_name, device)
-    check_tokenizer(encoder, data, method.wants_summary)
+    if data is not None:
+        check_tokenizer(encoder, data, method.wants_summary)
     try:
         method.attach(encoder)
     except ValueError as e:

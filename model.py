@@ -2,10 +2,10 @@
 The backbone of every method here: DiT and MM-DiT. Nothing about diffusion.
 
 A DiT block (Peebles & Xie, 2023, arXiv:2212.09748) is LayerNorm -> attention -> LayerNorm -> MLP, each branch
-shifted, scaled and gated by a linear function of a conditioning vector. The function starts at zero: AdaLN-Zero.
-An MM-DiT block (Esser et al., 2024, arXiv:2403.03206) is the same for several modalities: each owns all its
-weights, and one attention runs over the concatenation of their positions. So a DiT is an MM-DiT with one
-modality, and both are written once: lists hold one entry per modality.
+shifted, scaled and gated by a linear function of a conditioning vector. The function starts at zero:
+AdaLN-Zero. An MM-DiT block (Esser et al., 2024, arXiv:2403.03206) is the same for several modalities: each
+owns all its weights, and one attention runs over the concatenation of their positions. So a DiT is an
+MM-DiT with one modality, and both are written once: lists hold one entry per modality.
 """
 import math
 
@@ -30,7 +30,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, causal):
     """softmax(q k^T / sqrt(head_dim)) v, each (B, H, S, head_dim)."""
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
-        # PyTorch's fused kernel is slow here: spelled out, a step takes a third to a fifth of its time at S = 128
+        # PyTorch's fused kernel is slow here: spelled out, a step takes a third to a fifth of its time at S
+        # = 128
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
         if causal:
             scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
@@ -49,7 +50,8 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         freqs = 1000 * torch.exp(-math.log(10000) * torch.arange(num_freqs) / num_freqs)
         self.register_buffer('freqs', freqs, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * num_freqs, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim), nn.SiLU())
+        into, through = nn.Linear(2 * num_freqs, cond_dim), nn.Linear(cond_dim, cond_dim)
+        self.mlp = nn.Sequential(into, nn.SiLU(), through, nn.SiLU())
 
     def forward(self, t):
         angles = t[:, None].float() * self.freqs
@@ -80,7 +82,7 @@ class Block(nn.Module):
         self.num_heads, self.causal = num_heads, causal
 
     def forward(self, xs, cs, cos, sin, cache=None):
-        """xs: per modality (B, S_i, d);  cs: per modality (B, cond_dim);  cos, sin: RoPE of all S positions -> like xs."""
+        """xs: per modality (B, S_i, d);  cs: per modality (B, cond_dim);  cos, sin: RoPE -> like xs."""
         B, d = xs[0].shape[0], xs[0].shape[2]
         # shift, scale and gate of attention, then those of the MLP
         ada = [m.ada(c).chunk(6, dim=-1) for m, c in zip(self.modalities, cs)]
@@ -110,7 +112,8 @@ class DiT(nn.Module):
     Embeddings and heads belong to the methods.
     """
 
-    def __init__(self, hidden, num_layers, num_heads, cond_dim, max_len, modalities=1, dropout=0.0, causal=False):
+    def __init__(self, hidden, num_layers, num_heads, cond_dim, max_len, modalities=1, dropout=0.0,
+                 causal=False):
         super().__init__()
         if hidden % (2 * num_heads):
             raise ValueError(f'hidden={hidden} does not divide into {num_heads} heads of an even width')
@@ -131,12 +134,13 @@ class DiT(nn.Module):
         """xs: per modality (B, S_i, d) -> hidden states, one (B, S_i, d) per modality.
 
         t: per modality times (B,), or None for a constant 0
-        caches: one list [k, v] per block, each (B, H, positions so far, d / H), grown in place (causal sampling)
-        depth: stop after that many blocks, without the last norm (of one modality)
+        caches: one list [k, v] per block, each (B, H, positions so far, d / H), grown in place (causal
+        sampling) depth: stop after that many blocks, without the last norm (of one modality)
         """
-        B, S = xs[0].shape[0], sum(x.shape[1] for x in xs)
+        S = sum(x.shape[1] for x in xs)
         ts = t or [None] * len(xs)
-        # a constant time makes one conditioning vector for the whole batch: (1, cond_dim), broadcast in every block
+        # a constant time makes one conditioning vector for the whole batch: (1, cond_dim), broadcast in
+        # every block
         cs = [embed(xs[0].new_zeros(1) if t is None else t) for embed, t in zip(self.time, ts)]
         start = caches[0][0].shape[2] if caches else 0
         cos, sin = self.cos[start:start + S], self.sin[start:start + S]
@@ -148,21 +152,21 @@ class DiT(nn.Module):
         return hs[0] if len(hs) == 1 else hs
 
     def flops(self, S):
-        """Forward FLOPs for S positions as the papers count: one per fused multiply-add, no embedding, no head."""
+        """Forward FLOPs for S positions as the papers count: one per fused multiply-add, no head."""
         return self.num_layers * (12 * S * self.hidden**2 + 2 * S**2 * self.hidden)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need it, and
-# some of them at a time
+# the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need
+# it, and some of them at a time
 
 def rows_at_once(vocab_size, device, cpu=2**25, gpu=2**28):
-    """How many rows of logits to hold at once, given how many logits there may be (2^25 bf16 numbers are 64 MiB)."""
+    """How many rows of logits to hold at once, given how many logits (2^25 bf16 numbers are 64 MiB)."""
     return max(1, (gpu if device.type == 'cuda' else cpu) // vocab_size)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i), with gradients formed chunk by chunk in the forward pass.
+    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i), its gradients formed chunk by chunk in forward.
 
     So the (rows, V) logits never exist as a whole. Backward only scales the gradients that are already there.
     """
@@ -192,16 +196,16 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss):
-        return *(d.mul_(d_loss) for d in ctx.saved_tensors), None, None  # in place: dW is as large as the head
+        return *(d.mul_(d_loss) for d in ctx.saved_tensors), None, None  # in place: dW is large
 
 
 def head_cross_entropy(head, h, targets, weights):
-    """h (R, d), targets (R,) int64, weights (R,) fp32 -> the weighted sum of -log p(target), a scalar with gradients."""
+    """h (R, d), targets (R,) int64, weights (R,) fp32 -> the weighted sum of -log p(target), a scalar."""
     return HeadCrossEntropy.apply(h, head.weight, head.bias, targets, weights)
 
 
 def head_nll(head, h, targets):
-    """h (R, d), targets (R,) -> -log p(target) in nats, fp32 (R,), without gradients; the logits of one chunk at a time."""
+    """h (R, d), targets (R,) -> -log p(target) in nats, fp32 (R,); the logits of one chunk at a time."""
     size = rows_at_once(head.out_features, h.device)
     chunks = zip(h.split(size), targets.split(size))
     return torch.cat([F.cross_entropy(head(hs).float(), ts, reduction='none') for hs, ts in chunks])

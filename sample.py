@@ -2,11 +2,12 @@
 Samples from a checkpoint of any method, with or without a prompt.
 
     python sample.py --out_dir=out/NAME --num_samples=16 --steps=32
-    python sample.py --out_dir=out/NAME --show --start="ROMEO: [MASK:40] Juliet!"    fills the gap, then goes on
-    python sample.py --out_dir=out/NAME --save=samples.npy            int array (num_samples, L); .jsonl: ids and text
+    python sample.py --out_dir=out/NAME --show --start="ROMEO: [MASK:40] Juliet!"  fills the gap, then goes on
+    python sample.py --out_dir=out/NAME --save=samples.npy    an int array (num_samples, L); .jsonl: ids, text
 
-A sample is what the method was trained on: a chunk of L tokens from documents joined by EOS. So what follows an
-EOS is the beginning of another document; nothing is cut off, neither here nor in the metrics of eval.py.
+A sample is what the method was trained on: a chunk of L tokens from documents joined by EOS. So what
+follows an EOS is the beginning of another document; nothing is cut off, neither here nor in the metrics of
+eval.py.
 """
 import itertools
 import json
@@ -62,7 +63,10 @@ class Config(Shared):
 # opening a model
 
 def read_arguments(Keys, argv):
-    """configure -> namespace. UserError if a run is named by its config file, its checkpoint, or without a key."""
+    """configure -> namespace.
+
+    UserError if a run is named by its config file, its checkpoint, or without a key.
+    """
     for arg in argv:
         name, _, value = arg.rpartition('=')
         folder = re.sub(r'^config/(.*)\.py$', r'out/\1', value).removesuffix('/ckpt.pt')
@@ -100,12 +104,12 @@ def open_tokenizer(config):
 
 
 def sampling_options(c, method):
-    """Flags -> every option of method.sample, so that a record of them repeats the samples. UserError for a wrong one.
+    """Flags -> every option of method.sample, so that a record of them repeats the samples.
 
-    What a method has only one of is left out.
+    A strategy or sampler is left out where the method has only one. UserError for what it does not have.
     """
-    defaults = defaults_of(type(c) if isinstance(c, Keys) else Shared)
-    given = {k: getattr(c, k) for k in ('latent_steps', 'eta', 'temperature', 'top_p') if getattr(c, k) != defaults[k]}
+    options, defaults = ('latent_steps', 'eta', 'temperature', 'top_p'), defaults_of(Shared)
+    given = {k: getattr(c, k) for k in options if getattr(c, k) != defaults[k]}
     try:
         options = method.sampling_options(c.strategy, c.sampler, **given)
     except ValueError as e:
@@ -129,7 +133,7 @@ def read_prompt(start, tok, L, method):
     if len(ids) > L:
         raise UserError(f'the prompt has more than the {L:,} tokens that the model can hold')
     if len(ids) == L and method.mask_id not in ids:
-        raise UserError(f'the prompt has all {L:,} tokens that the model can hold: there is nothing left to write')
+        raise UserError(f'the prompt has all {L:,} tokens that the model can hold: nothing is left to write')
     return torch.tensor(ids + [method.mask_id] * (L - len(ids)))
 
 
@@ -157,7 +161,8 @@ def styled(x, before, decode, mask_id):
     def style(l):
         return '\033[2m' if x[l] == mask_id else '\033[1;32m' if x[l] != before[l] else ''
     chars = []
-    for s, run_of in itertools.groupby(range(len(x)), key=style):  # in runs: a character may be several tokens
+    # decoded in runs, since a character may be several tokens
+    for s, run_of in itertools.groupby(range(len(x)), key=style):
         ids = [x[l] for l in run_of]
         chars += [(s, char) for char in ('░' * len(ids) if ids[0] == mask_id else decode(ids))]
     return chars
@@ -176,7 +181,7 @@ def fit_screen(chars, columns, lines):
 
 
 def show(decode, mask_id, out):
-    """A callback for the samplers: redraws in place on a terminal, elsewhere prints after 1, 2, 4, 8, ... steps."""
+    """A callback for samplers: redraws on a terminal, elsewhere prints after 1, 2, 4, 8, ... steps."""
     before, last = [], math.inf
 
     def callback(i, x):

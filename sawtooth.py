@@ -1,22 +1,36 @@
 """
 Sawtooth: a toy language of which everything is known (LADD section 5.1, appendix E.1).
 
-A text is L = 128 coin flips whose bias is a triangle wave, k = 2 periods long, shifted by one random number w per text:
-    s_l = k ((l / L + w) mod 1) mod 1,     p(x_l = 1 | w) = m + (1 - 2m)(1 - |2 s_l - 1|),     w ~ U[0, 1)     LADD eq. (78), (79)
-Given w the tokens are independent; without it each is a fair coin. So all there is to learn is the shift, and a good latent is w.
-A mixture over one number can be integrated: the exact p(x_l | visible tokens) is here as a denoiser that fits the samplers.
+A text is L = 128 coin flips whose bias is a triangle wave, k = 2 periods long, shifted by one random number
+w:
+    s_l = k ((l / L + w) mod 1) mod 1,    p(x_l = 1 | w) = m + (1 - 2m)(1 - |2 s_l - 1|),    w ~ U[0, 1)
+                                                                                          LADD eq. (78), (79)
+Given w the tokens are independent; without it each is a fair coin. So the shift is all there is to learn,
+and a good latent is w. A mixture over one number can be integrated: the exact p(x_l | visible tokens) is
+here, as a denoiser that fits the samplers.
 
-    python sawtooth.py out/sawtooth_*      the paper's Table 1 and Figure 2 from those checkpoints; a .jsonl among them adds results of old
+    python sawtooth.py out/sawtooth_*     the paper's Table 1 and Figure 2 of those runs; a .jsonl among them
+                                          adds kept results
 """
 import functools
 import json
 import os
 import re
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from ladd import code_step, joint
+from lib.checkpoint import fingerprint
+from lib.configurator import Keys, UserError, configure, key, numbers, run
+from lib.device import compile_in_place, pick_device
+from lib.files import append, read_lines
 from lib.noise import Noise
+from mdlm import alpha, ancestral, time_grid
+from methods import open_run
 
 L, K, M = 128, 2, 0.01  # tokens, periods, smallest probability
 PERIOD = 1 / K  # shifts that differ by this are the same text distribution
@@ -36,25 +50,27 @@ class Sawtooth:
         self.split = split
 
     def batch(self, seed, step, rows):
-        """rows int64 (b,) -> texts (b, L) int64."""
+        """rows int64 (b,) -> a batch of texts, (ids (b, L) int64,)."""
         noise = Noise(seed, step, rows, None)
-        return ((noise.uniform('tokens ' + self.split, L) < bias(noise.uniform('shift ' + self.split))).long(),)
+        p = bias(noise.uniform('shift ' + self.split))
+        return (noise.uniform('tokens ' + self.split, L) < p).long(),
 
     def rows(self, idx):
         return self.batch(0, 0, idx)
 
+    def texts(self, n):
+        """The first n validation texts, (n, L)."""
+        return self.rows(torch.arange(n))[0]
+
     def __len__(self):
         return 2**31
 
-def report(method):
-    pass
 
-
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # exact answers
 
 class Exact:
-    """The Bayes-optimal denoiser: a posterior over `points` shifts in one period, given the visible tokens."""
+    """The exact denoiser: a posterior over `points` shifts of one period, given the visible tokens."""
 
     def __init__(self, points=512, device='cpu'):
         self.p = bias((torch.arange(points, device=device) + 0.5) / points * PERIOD)  # (P, L)
@@ -70,10 +86,14 @@ class Exact:
         return torch.stack((1 - p1, p1), dim=1).log()
 
     def joint_denoise(self, x_t, z_t, t, where):
-        """The same with the shift as the one code, z_t (n, 1) in 0 ... P-1, or P for [mask]: token logits and code logits (n, 1, P)."""
+        """The same with the shift as the one code: z_t (n, 1) in 0 ... P-1, or P for [mask].
+
+        -> token logits (where.sum(), 2), code logits (n, 1, P)
+        """
         posterior = self.log_likelihood(x_t)
         known = z_t[:, 0] < len(self.p)
-        p1 = torch.where(known[:, None], self.p[z_t[:, 0] % len(self.p)], posterior.softmax(dim=1) @ self.p)[where]
+        p1 = torch.where(known[:, None], self.p[z_t[:, 0] % len(self.p)], posterior.softmax(dim=1) @ self.p)
+        p1 = p1[where]
         return torch.stack((1 - p1, p1), dim=1).log(), posterior[:, None]
 
     def nll(self, x):
@@ -82,17 +102,17 @@ class Exact:
 
     def oracle(self):
         """H(x | w) / L, nats per token: 0.5096."""
-        return float(-(torch.special.xlogy(self.p, self.p) + torch.special.xlogy(1 - self.p, 1 - self.p)).mean())
+        p, q = self.p, 1 - self.p
+        return float(-(torch.special.xlogy(p, p) + torch.special.xlogy(q, q)).mean())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the distance: LADD eq. (85) to (88)
 
 @functools.lru_cache(maxsize=4)
 def reference(draw, n, directions):
     """Sorted projections (directions, n) of the draw-th reference sample, fp32."""
-    x = Sawtooth(f'reference {draw}').rows(torch.arange(n))
-    return project(x, directions)
+    return project(Sawtooth(f'reference {draw}').texts(n), directions)
 
 
 def project(x, directions):
@@ -103,142 +123,172 @@ def project(x, directions):
 
 
 def swd(x, draws=3, directions=1000):
-    """Sliced Wasserstein distance of order 1 of x (n, L), raw {0, 1} vectors, to fresh data of the same size; mean over `draws`."""
+    """Sliced Wasserstein distance of order 1 of x (n, L), raw {0, 1} vectors, to as many fresh texts.
+
+    The mean over `draws` sets of fresh texts.
+    """
     px = project(x, directions)
     return float(np.mean([(px - reference(d, len(x), directions)).abs().mean() for d in range(draws)]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# python sawtooth.py out/sawtooth_*: what is measured of a trained method, and of the exact denoisers through the same samplers
+# ------------------------------------------------------------------------------------------------------------
+# what is measured of a trained method, and of the exact denoisers through the same samplers
 
-PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq': 0.5067, 'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
-LATENT_STEPS = 32  # DDIM steps of sequential Co-LADD; a single code needs one
-
-
-def label(config):
-    return {'continuous': 'Co-LADD', 'discrete': 'Di-LADD'}[config.latent] if hasattr(config, 'latent') else 'MDLM'
+PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq': 0.5067,
+         'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
+LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
+EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
 
 
 def draw(method, n, steps, strategy='joint', seed=0, batch=128):
     """n texts (n, L) from a trained method."""
-    g = torch.Generator(method.head.weight.device).manual_seed(seed)
-    how = {} if strategy == 'joint' else dict(strategy='seq', latent_steps=1 if method.discrete else LATENT_STEPS)
-    return torch.cat([method.sample(min(batch, n - i), steps, generator=g, **how).cpu() for i in range(0, n, batch)])
+    generator = torch.Generator(next(method.parameters()).device).manual_seed(seed)
+    options = {'latent_steps': LATENT_STEPS[method.name]} if strategy == 'seq' else {}
+    return torch.cat([method.sample(min(batch, n - i), steps, strategy, generator=generator, **options).cpu()
+                      for i in range(0, n, batch)])
 
 
+@torch.no_grad()
 def token_losses(method, n, batch=256):
-    """Table 1: token loss in nats per token over n fresh texts; for LADD given the clean latent, and given the latent noised at t_z = t_x."""
-    device = method.head.weight.device
-    x, rows = Sawtooth('table 1').rows(torch.arange(n)).to(device), torch.arange(n, device=device)
-    noise = Noise(0, 0, rows, n)
-    records = []
+    """Table 1: token loss in nats per token over n fresh texts -> a record for each strategy.
+
+    LADD's is given the latent noised at t_z = t_x (joint), and given the clean one (seq).
+    """
+    device = next(method.parameters()).device
+    x, rows = Sawtooth('table 1').texts(n).to(device), torch.arange(n, device=device)
+    noise, records = Noise(0, 0, rows, n), []
     for strategy in method.strategies:
-        def nats(i):
-            if len(method.strategies) == 1:
-                return method.nll(x[i:i + batch], noise[i:i + batch])
-            return method.channel_nll(x[i:i + batch], noise[i:i + batch], strategy)[0]
-        losses = torch.cat([nats(i) for i in range(0, n, batch)]) / L
-        records.append(dict(strategy=strategy, n=n, token_loss=losses.mean().item(), error=(losses.std() / n**0.5).item()))
+        parts = [method.nll_parts(x[i:i + batch], noise[i:i + batch], strategy) for i in range(0, n, batch)]
+        losses = torch.cat([p['token'] if 'token' in p else p['val'] for p in parts]) / L
+        error = (losses.std() / n**0.5).item()
+        records.append(dict(strategy=strategy, n=n, token_loss=losses.mean().item(), error=error))
     return records
 
 
-def bayes_gap(method, n=2048):
-    """KL from Bayes to an MDLM network, nats per masked token, with half of the tokens visible: of data, and of fair coins. -> records
+@torch.no_grad()
+def gap_to_exact(method, n=2048):
+    """KL from the exact denoiser to MDLM's, nats per masked token, half of the tokens visible -> records.
 
-    Likelihood training asks for the first only. The second is what a sampler of two steps shows the network: its first step sees nothing.
+    Of data, and of fair coin flips. Likelihood training asks for the first only; the second is what a
+    sampler of two steps shows the network, because its first step sees nothing.
     """
-    device, exact = method.head.weight.device, Exact()
+    device, exact = next(method.parameters()).device, Exact()
     noise, records = Noise(0, 0, torch.arange(n), n), []
-    for kind, x in ('data', Sawtooth('gap').rows(torch.arange(n))), ('coins', (noise.uniform('coins', L) < 0.5).long()):
+    coins = (noise.uniform('coins', L) < 0.5).long()
+    for kind, x in ('data', Sawtooth('gap').texts(n)), ('coins', coins):
         x_t = torch.where(noise.uniform('visible', L) < 0.5, x, 2)
-        with torch.autocast('cpu', enabled=False):  # the truth is not to be rounded
+        with torch.autocast('cpu', enabled=False):  # what is exact is not to be rounded
             p = exact.denoise(x_t, x_t == 2).log_softmax(dim=-1)
-        q = torch.cat([method.denoise(part, part == 2) for part in x_t.to(device).split(128)]).cpu().float().log_softmax(dim=-1)
+        logits = torch.cat([method.denoise(part, part == 2) for part in x_t.to(device).split(128)])
+        q = logits.cpu().float().log_softmax(dim=-1)
         wave = {name: (v.exp()[:, 1] - 0.5).abs().mean().item() for name, v in (('network', q), ('bayes', p))}
         records.append(dict(visible=kind, n=n, kl=(p.exp() * (p - q)).sum(dim=-1).mean().item(), **wave))
     return records
 
 
 def exact_draw(kind, n, steps, seed=0, batch=1024):
-    """n texts from a perfect network: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (latent 1 - t^2) or 'seq'."""
-    from ladd import code_step, joint
-    from mdlm import alpha, ancestral, time_grid
+    """n texts from exact denoisers.
+
+    kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq'.
+    """
     exact, g, alphas = Exact(), torch.Generator().manual_seed(seed), alpha(time_grid(steps))
-    P, texts = len(exact.p), []
+    P, texts, schedule = len(exact.p), [], 'polynomial' if kind == 'joint ahead' else 'linear'
+
+    def latent_step(z, prediction, t, s):
+        return code_step(z, prediction, t, s, schedule, g)
     for i in range(0, n, batch):
         x = torch.full((min(batch, n - i), L), 2)
         if kind == 'MDLM':
             texts.append(ancestral(exact.denoise, x, alphas, 2, generator=g))
             continue
-        # sequential: the shift is drawn first, uniformly; then the same sampler has nothing left to do in the latent channel
+        # seq: the shift is drawn first, uniformly; the same sampler then has nothing left to do for the
+        # latent
         z = torch.randint(P, (len(x), 1), generator=g) if kind == 'seq' else torch.full((len(x), 1), P)
-        schedule = 'polynomial' if kind == 'joint ahead' else 'linear'
-        texts.append(joint(exact.joint_denoise, x, z, steps, alphas, lambda z, p, t, s: code_step(z, p, t, s, schedule, g), 2, generator=g))
+        texts.append(joint(exact.joint_denoise, x, z, steps, alphas, latent_step, 2, generator=g))
     return torch.cat(texts)
 
 
 def exact_records(n, steps):
-    kinds = ('MDLM', 'joint', 'joint ahead', 'seq')
-    floor = [dict(name='data', n=n, swd=swd(Sawtooth('fresh').rows(torch.arange(n))))]
-    return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T))) for kind in kinds for T in steps]
+    floor = [dict(name='data', n=n, swd=swd(Sawtooth('fresh').texts(n)))]
+    return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T)))
+                    for kind in EXACT for T in steps]
 
 
-def told_apart(records):
-    """Where runs of one method differ in more than the seed (out/A, out/A_seed1), the folder becomes part of the name."""
+# ------------------------------------------------------------------------------------------------------------
+# tables and pictures
+
+def distinguish_folders(records):
+    """Where runs of a method differ in more than the seed (out/A, out/A_seed1), the folder joins the name."""
     def folder(r):
         return re.sub(r'_seed\d+$', '', r['out_dir'])
-    several = [name for name, _ in {(r['name'], folder(r)) for r in records}]
-    return [dict(r, name=f'{r["name"]} ({folder(r)})') if several.count(r['name']) > 1 else r for r in records]
+    names = [name for name, _ in {(r['name'], folder(r)) for r in records}]
+    return [dict(r, name=f'{r["name"]} ({folder(r)})') if names.count(r['name']) > 1 else r for r in records]
+
+
+def grouped(records, value, *keys):
+    """{the keys of a record: [value of each run]}, in the order of the records that have that value."""
+    found = {}
+    for r in records:
+        if value in r:
+            found.setdefault(tuple(r.get(k) for k in keys), []).append(r[value])
+    return found
 
 
 def curves(records):
-    """Records -> {curve: {steps: [SWD of each run]}}, steps rising."""
+    """{curve: {steps: [SWD of each run]}}, steps rising."""
     found = {}
-    for r in sorted((r for r in records if 'steps' in r), key=lambda r: r['steps']):
-        name = r['name'] if r['name'].startswith('MDLM') else f'{r["name"]} {r["strategy"]}'
-        found.setdefault(name, {}).setdefault(r['steps'], []).append(r['swd'])
+    with_steps = sorted((r for r in records if 'steps' in r), key=lambda r: r['steps'])
+    for (name, strategy, steps), values in grouped(with_steps, 'swd', 'name', 'strategy', 'steps').items():
+        found.setdefault(name if name.startswith('MDLM') else f'{name} {strategy}', {})[steps] = values
     return found
 
 
 def print_tables(records):
-    losses, gaps = {}, {}
-    for r in records:
-        if 'token_loss' in r:
-            losses.setdefault((r['name'], r['strategy']), []).append(r['token_loss'])
-        if 'kl' in r:
-            gaps.setdefault((r['name'], r['visible']), []).append([r['kl'], r['network'], r['bayes']])
-    print('\ntoken loss, nats per token (LADD table 1)              ours    exact    paper')
-    print(f'  {"oracle: the shift is known":50s}      -   {Exact().oracle():.4f}   {PAPER["oracle"]:.4f}')
-    for (name, strategy), values in losses.items():
-        method = name.split(' (')[0]
-        what, key, best = f'{name}, {"clean latent" if strategy == "seq" else "latent at t_z = t_x"}', f'{method} {strategy}', '     -'
+    from lib.plot import print_table  # here, because it brings matplotlib along
+
+    def cells(*values):
+        return [v if isinstance(v, str) else '-' if v is None else f'{v:.4f}' for v in values]
+    rows = [['oracle: the shift is known', *cells(None, Exact().oracle(), PAPER['oracle'])]]
+    for (name, strategy), losses in grouped(records, 'token_loss', 'name', 'strategy').items():
+        method, given = name.split(' (')[0], 'clean latent' if strategy == 'seq' else 'latent at t_z = t_x'
         if method == 'MDLM':
-            what, key, best = name, method, '0.5303'
-        print(f'  {what:50s} {np.mean(values):.4f}   {best}   {PAPER[key]:.4f}')
-    if gaps:
-        print('\nAgainst Bayes, half of the tokens visible                KL      mean |p - 1/2|: network, Bayes')
-    for (name, kind), values in gaps.items():
-        kl, network, bayes = map(np.mean, zip(*values))
-        print(f'  {name + (", of a text" if kind == "data" else ", fair coins"):50s} {kl:.4f}   {network:.3f}, {bayes:.3f}')
+            rows.append([name, *cells(np.mean(losses), 0.5303, PAPER[method])])
+        else:
+            rows.append([f'{name}, {given}', *cells(np.mean(losses), None, PAPER[f'{method} {strategy}'])])
+    print_table('token loss, nats per token (LADD table 1)', ['ours', 'exact', 'paper'], rows, sys.stdout)
+    gaps = [grouped(records, k, 'name', 'visible') for k in ('kl', 'network', 'bayes')]
+    if gaps[0]:
+        rows = [[f'{name}, {"of a text" if kind == "data" else "fair coins"}',
+                 *cells(*(np.mean(gap[name, kind]) for gap in gaps))] for name, kind in gaps[0]]
+        print_table('against the exact denoiser, half of the tokens visible',
+                    ['KL', 'mean |p - 1/2|: network', 'exact'], rows, sys.stdout)
     table, floor = curves(records), [r for r in records if r['name'] == 'data']
     steps = sorted({T for curve in table.values() for T in curve})
-    print(f'\nSWD from {floor[0]["n"]:,} samples; data against data: {np.mean([r["swd"] for r in floor]):.4f}')
-    print(f'  {"token steps":24s}' + ''.join(f'{T:>8d}' for T in steps) + '   runs')
-    for name, curve in sorted(table.items(), key=lambda kv: kv[0].startswith('exact')):
+    rows = [['data against data', *cells(*[np.mean([r['swd'] for r in floor])] * len(steps)), '']]
+    for name, curve in sorted(table.items(), key=lambda item: item[0].startswith('exact')):
         runs = dict.fromkeys(str(len(curve[T])) for T in steps if T in curve)
-        print(f'  {name:24s}' + ''.join(f'{np.mean(curve[T]):8.4f}' if T in curve else '       -' for T in steps) + f'   {", ".join(runs)}')
+        means = [np.mean(curve[T]) if T in curve else None for T in steps]
+        rows.append([name, *cells(*means), ', '.join(runs)])
+    title = f'SWD from {floor[0]["n"]:,} samples, token steps'
+    print_table(title, [*map(str, steps), 'runs'], rows, sys.stdout)
 
 
 def figure(records, path):
-    """LADD figure 2: SWD against token steps. Lines: trained, mean over seeds; dashes: perfect networks; grey: the floor."""
+    """LADD figure 2: SWD against token steps.
+
+    Lines: trained, mean over seeds; dashes: exact; grey: the floor.
+    """
     from lib.plot import log_scale, plt, save
-    colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3', 'Co-LADD seq': 'C4',
-              'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2', 'exact joint ahead': 'C7'}
+    colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
+              'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
+              'exact joint ahead': 'C7'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, curve in curves(records).items():
         style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
-        plt.plot(list(curve), [np.mean(v) for v in curve.values()], color=colors.get(name), label=name, **style)
-    plt.axhline(np.mean([r['swd'] for r in records if r['name'] == 'data']), color='grey', lw=1, label='data against data')
+        means = [np.mean(v) for v in curve.values()]
+        plt.plot(list(curve), means, color=colors.get(name), label=name, **style)
+    floor = np.mean([r['swd'] for r in records if r['name'] == 'data'])
+    plt.axhline(floor, color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
     plt.gca().xaxis.set_major_formatter('{x:.0f}')
     log_scale(plt.gca().yaxis)
@@ -249,87 +299,112 @@ def figure(records, path):
 
 
 def pictures(panels, path):
-    """Samples as images, one text a row, sorted by their most likely shift: coherent texts show diagonal waves. panels: {title: (n, L)}."""
+    """Samples as images, a text in each row, sorted by likeliest shift: coherent texts show diagonal waves.
+
+    panels: {title: (n, L)}.
+    """
     from lib.plot import plt, save
-    exact = Exact()
-    chart, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(2.4 * -(-len(panels) // 2), 4.6), squeeze=False)
+    exact, columns = Exact(), -(-len(panels) // 2)
+    chart, axes = plt.subplots(2, columns, figsize=(2.4 * columns, 4.6), squeeze=False)
     for ax in axes.flat:
         ax.axis('off')
     for ax, (title, x) in zip(axes.flat, panels.items()):
-        ax.imshow(x[exact.log_likelihood(x).argmax(dim=1).argsort()].numpy(), cmap='Blues', aspect='auto', interpolation='nearest')
+        x = x[exact.log_likelihood(x).argmax(dim=1).argsort()]
+        ax.imshow(x.numpy(), cmap='Blues', aspect='auto', interpolation='nearest')
         ax.set_title(title, fontsize=8)
     save(chart, path)
 
 
-defaults = dict(
-    num_samples=20480,
-    steps='1,2,4,8,16,32',  # token steps
-    device='cpu',
-    compile=False,          # torch.compile the networks: half the time, once it is done
-    save='out/sawtooth',    # -> out/sawtooth.png, out/sawtooth_samples.png; the numbers are kept in each out_dir
-)
+def report(method):
+    """What train.py prints at the end: token loss and SWD beside the exact values, from few samples."""
+    if method.name not in ('MDLM', *LATENT_STEPS):
+        return
+    n, steps = 4096, (1, 2, 4)
+    print(f'training is done; now token losses and samples of {n:,} texts each, trained and exact, which may '
+          'take a minute', flush=True)
+    records = [dict(r, name=method.name) for r in token_losses(method, n)]
+    records += [dict(name=method.name, strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy)))
+                for strategy in method.strategies for T in steps]
+    print_tables(records + exact_records(n, steps))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python sawtooth.py out/sawtooth_*
+
+@dataclass
+class Config(Keys):
+    num_samples: int = key(20480, at_least=1)
+    steps: str = '1,2,4,8,16,32'  # token steps
+    device: str = 'cpu'
+    compile: bool = False         # torch.compile the networks: half the time, once it is done
+    save: str = 'out/sawtooth'    # -> out/sawtooth.png, out/sawtooth_samples.png
+
+
+def measure(out_dir, c, steps, panels):
+    """The records of a run.
+
+    They are kept in out_dir, since sampling takes long; panels gets pictures of samples.
+    """
+    n, device = c.num_samples, pick_device(c.device)
+    method, config = open_run(out_dir, device)
+    if config['dataset'] != 'sawtooth' or method.name not in ('MDLM', *LATENT_STEPS):
+        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of mdlm and '
+                        'ladd on sawtooth')
+    if c.compile:
+        compile_in_place(method.backbones(), device)
+    out_dir = os.path.normpath(out_dir)
+    path = os.path.join(out_dir, 'sawtooth.jsonl')
+    common = dict(name=method.name, step=config['step'], seed=config['seed'], weights=fingerprint(method))
+    records = [dict(r, out_dir=out_dir) for r in read_lines(path)
+               if r.get('weights') == common['weights'] and (r['n'] == n or 'kl' in r)]  # it may be renamed
+
+    def keep(*new):
+        for r in new:
+            records.append({**common, 'out_dir': out_dir, **r})
+            print(json.dumps(records[-1]), flush=True)
+            append(path, records[-1])
+    with torch.autocast(device.type, torch.bfloat16, enabled=config['dtype'] == 'bfloat16'):
+        if not any('token_loss' in r for r in records):
+            keep(*token_losses(method, n))
+        if method.name == 'MDLM' and not any('kl' in r for r in records):
+            keep(*gap_to_exact(method))
+        for strategy in method.strategies:
+            for T in steps if strategy == 'joint' else [T for T in steps if T <= 8]:  # then seq stays
+                if not any(r.get('steps') == T and r['strategy'] == strategy for r in records):
+                    keep(dict(strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))))
+            for T in (1, 2):
+                name = method.name if len(method.strategies) == 1 else f'{method.name} {strategy}'
+                title = f'{name}, {T} step{"s" * (T > 1)}'
+                if title not in panels:
+                    panels[title] = draw(method, 128, T, strategy)
+    return records
 
 
 def main(argv):
-    from lib.checkpoint import append, backbones, compile_in_place, fingerprint, load_method, pick_device
-    from lib.configurator import UserError, configure, numbers
-    from mdlm import MDLM
-    from lib.plot import read
-    c = configure(defaults, [a for a in argv if a.startswith('-')])
-    out_dirs, n = [a for a in argv if not a.startswith('-') and not a.endswith('.png')], c['num_samples']  # out/sawtooth_* finds our pictures, too
-    if not out_dirs or n < 1:
-        raise UserError('which runs, and how many samples? python sawtooth.py out/sawtooth_* --num_samples=20480')
-    steps, device = numbers('steps', c['steps']), pick_device(c['device'])
-    os.makedirs(os.path.dirname(c['save']) or '.', exist_ok=True)
+    c = SimpleNamespace(**configure(Config, [a for a in argv if a.startswith('-')]))
+    names = [a for a in argv if not a.startswith('-') and not a.endswith('.png')]  # pictures are ours
+    if not names:
+        raise UserError('which runs? python sawtooth.py out/sawtooth_* --num_samples=20480')
+    steps, n = numbers('steps', c.steps), c.num_samples
+    os.makedirs(os.path.dirname(c.save) or '.', exist_ok=True)
     records, panels = [], {}
-    for out_dir in out_dirs:
-        if out_dir.endswith('.jsonl'):  # results of runs whose checkpoints are gone
-            if not os.path.exists(out_dir):
-                raise UserError(f'there is no file {out_dir}')
-            records += [r for r in read(out_dir, '') if r['n'] == n or 'kl' in r]
-            continue
-        method, checkpoint = load_method(out_dir, device)
-        if checkpoint['config']['dataset'] != 'sawtooth' or not isinstance(method, MDLM):
-            raise UserError(f'{out_dir} is {checkpoint["config"]["method"]} on {checkpoint["config"]["dataset"]}; the tables are of mdlm and ladd on sawtooth')
-        if c['compile']:
-            compile_in_place(backbones(method), device)
-        common = dict(name=label(method.config), out_dir=os.path.normpath(out_dir), step=checkpoint['step'], seed=checkpoint['config']['seed'],
-                      weights=fingerprint(method))
-        # measured once, and kept: sampling is what takes long
-        known = [r for r in read(out_dir, 'sawtooth.jsonl') if r.get('weights') == common['weights'] and (r['n'] == n or 'kl' in r)]
-
-        def keep(record):
-            known.append({**common, **record})
-            print(json.dumps(known[-1]), flush=True)
-            append(os.path.join(out_dir, 'sawtooth.jsonl'), known[-1])
-        with torch.autocast(device.type, torch.bfloat16, enabled=checkpoint['config']['dtype'] == 'bfloat16'):
-            if not any('token_loss' in r for r in known):
-                for r in token_losses(method, n):
-                    keep(r)
-            if len(method.strategies) == 1 and not any('kl' in r for r in known):
-                for r in bayes_gap(method):
-                    keep(r)
-            for strategy in method.strategies:
-                for T in steps if strategy == 'joint' else [T for T in steps if T <= 8]:  # seq does not change after that
-                    if not any(r.get('steps') == T and r['strategy'] == strategy for r in known):
-                        keep(dict(strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))))
-                for T in (1, 2):
-                    title = f'{common["name"]}{f" {strategy}" * (len(method.strategies) > 1)}, {T} step{"s" * (T > 1)}'
-                    if title not in panels:
-                        panels[title] = draw(method, 128, T, strategy)
-        records += [dict(r, out_dir=common['out_dir']) for r in known]  # it may have been renamed
+    for name in names:
+        if not name.endswith('.jsonl'):
+            records += measure(name, c, steps, panels)
+        elif os.path.exists(name):  # results of runs whose checkpoints are gone
+            records += [r for r in read_lines(name) if r['n'] == n or 'kl' in r]
+        else:
+            raise UserError(f'there is no file {name}')
     # a run may be among the .jsonl, too
-    records = told_apart(list({(r['weights'], r.get('strategy'), r.get('steps'), r.get('visible')): r for r in records}.values()))
+    unique = {(r['weights'], r.get('strategy'), r.get('steps'), r.get('visible')): r for r in records}
+    records = distinguish_folders(list(unique.values()))
     records += exact_records(n, sorted({r['steps'] for r in records if 'steps' in r}))
     print_tables(records)
-    panels = {'data': Sawtooth('fresh').rows(torch.arange(128)), 'perfect MDLM, 1 step': exact_draw('MDLM', 128, 1), **panels}
-    figure(records, c['save'] + '.png')
-    pictures(panels, c['save'] + '_samples.png')
-    print(f'\nwrote {c["save"]}.png and {c["save"]}_samples.png')
+    panels = {'data': Sawtooth('fresh').texts(128), 'exact MDLM, 1 step': exact_draw('MDLM', 128, 1)} | panels
+    figure(records, c.save + '.png')
+    pictures(panels, c.save + '_samples.png')
+    print(f'wrote {c.save}.png and {c.save}_samples.png')
 
 
 if __name__ == '__main__':
-    import sys
-
-    from lib.configurator import run
-    run(main)
+    run(main, Config)

@@ -2,13 +2,12 @@
 Trains any method of this folder on any data set, on one core or many GPUs.
 
     python train.py config/NAME.py [--key=value ...]                 -> out/NAME/ckpt.pt, out/NAME/log.jsonl
-    torchrun --standalone --nproc_per_node=8 train.py config/NAME.py [--key=value ...]     the same run on 8 GPUs
-    python train.py config/NAME.py --help       every key, the method's too; the Config of its file explains them
+    torchrun --standalone --nproc_per_node=8 train.py config/NAME.py [--key=value ...]      the same on 8 GPUs
+    python train.py config/NAME.py --help     all keys, the method's too; the Config of its file explains them
 
-The same command again continues the run, with the numbers that it would have had without a stop, on any number
-of processes: data, times and masks are functions of (seed, step, global row), see lib/noise.py. Ctrl-C or
-SIGTERM saves before it stops.
-Read from the end: main, then what it uses.
+The same command again continues the run, with the numbers that it would have had without a stop, on any
+number of processes: data, times and masks are functions of (seed, step, global row), see lib/noise.py.
+Ctrl-C or SIGTERM saves before it stops. Read from the end: main, then what it uses.
 """
 import math
 import os
@@ -40,8 +39,8 @@ class Config(Keys):
     out_dir: str = 'out/run'       # a config file NAME.py makes it out/NAME
     init_from: str = 'auto'        # auto: continue what out_dir holds, start if it holds nothing
     #                                scratch: start over | resume: continue or fail
-    #                                out/OTHER: as auto, but start from that run's averaged weights, where they fit
-    #                                HUB_ID or folder: as auto, but start from published weights, see lib/hub.py
+    #                                out/OTHER: as auto, but start from that run's averaged weights
+    #                                HUB_ID or folder: as auto, but start from published weights (lib/hub.py)
     method: str = 'mdlm'           # mdlm | ladd | ldlm | ar; the Config of its file has more keys
     dataset: str = 'sawtooth'      # sawtooth, or a folder of data/ that prepare.py has filled
     block_size: int = key(0, at_least=0)   # tokens per sequence; 0: sawtooth's own 128
@@ -57,13 +56,13 @@ class Config(Keys):
     learning_rate: float = key(3e-4, at_least=0)
     warmup_iters: int = key(0, at_least=0)  # steps of linear warmup
     decay_lr: str = key('constant', choices=('constant', 'cosine', 'linear'))  # after warmup
-    min_lr: float = key(0.0, at_least=0, only={'decay_lr': ('cosine', 'linear')})  # the end, in learning rates
+    min_lr: float = key(0.0, at_least=0, only={'decay_lr': ('cosine', 'linear')})  # the last rate / the first
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     adam_eps: float = key(1e-8, at_least=0)
     weight_decay: float = key(0.0, at_least=0)  # of matrices; gains and biases have none
     grad_clip: float = key(1.0, at_least=0)     # norm of the gradient; 0: no clipping
-    ema: float = key(0.9999, at_least=0, below=1)  # of the averaged weights, which are evaluated and sampled from
+    ema: float = key(0.9999, at_least=0, below=1)  # decay of the averaged weights, which are the ones used
     # what is written, and when (in steps)
     log_interval: int = key(10, at_least=1)
     eval_interval: int = key(1000, at_least=1)
@@ -95,7 +94,7 @@ class Trainer:
         self.rank, self.world = rank_and_world()
         share = c.batch_size // self.world
         self.accumulate = share // (c.micro_batch or share)
-        self.rows = self.rank + self.world * torch.arange(share)  # interleaved: these rows of the batch are ours
+        self.rows = self.rank + self.world * torch.arange(share)  # our rows of the batch, interleaved
         self.device_rows = self.rows.to(device)
         torch.set_float32_matmul_precision('high')
         self.names, self.params = zip(*method.named_parameters())
@@ -171,7 +170,8 @@ class Trainer:
 
         The same number for every batch size and number of processes.
         """
-        n, nats, size = min(n, len(data)), torch.zeros((), dtype=torch.float64), len(self.rows) // self.accumulate
+        n, size = min(n, len(data)), len(self.rows) // self.accumulate
+        nats = torch.zeros((), dtype=torch.float64)
         for first in range(self.rank, n, self.world * size):
             rows = torch.arange(first, min(first + self.world * size, n), self.world)
             x, *z_0 = (part.to(self.device) for part in data.rows(rows))
@@ -179,9 +179,10 @@ class Trainer:
         return summed(nats).item() / (n * data.block_size)
 
     def state(self):
-        states = self.optimizer.state_dict()['state']
-        return {'model': self.method.state_dict(), 'ema': dict(zip(self.names, self.ema)),
-                'optimizer': {name: states[i] for i, name in enumerate(self.optimizer_names()) if i in states}}
+        names = self.optimizer_names()
+        states = {names[i]: state for i, state in self.optimizer.state_dict()['state'].items()}
+        ema = dict(zip(self.names, self.ema))
+        return {'model': self.method.state_dict(), 'ema': ema, 'optimizer': states}
 
     def load(self, checkpoint):
         numbers = {name: i for i, name in enumerate(self.optimizer_names())}
@@ -244,9 +245,10 @@ def find_weights(config):
     if '/' in c.init_from and not is_run(c.init_from):
         if not checkpoint:
             published = load_published(c.init_from, c.method)
-        shape = checkpoint['config'] if checkpoint else published[0]
-        keys = ['hidden', 'num_layers', 'num_heads', 'cond_dim', 'dropout'] + ['block_size'] * (not c.block_size)
-        config.update({k: shape[k] for k in keys})
+        theirs = checkpoint['config'] if checkpoint else published[0]
+        shape = ['hidden', 'num_layers', 'num_heads', 'cond_dim', 'dropout']
+        shape += ['block_size'] if not c.block_size else []
+        config.update({k: theirs[k] for k in shape})
     return checkpoint, published
 
 
@@ -258,8 +260,8 @@ def load_weights(method, config, checkpoint, published):
         method.load_state_dict(checkpoint['model'])
     elif published:
         if config['vocab_size'] != published[0]['vocab_size']:
-            raise UserError(f'{init_from} has {published[0]["vocab_size"]:,} tokens and {config["dataset"]} has '
-                            f'{config["vocab_size"]:,}; prepare the data with its tokenizer')
+            raise UserError(f'{init_from} has {published[0]["vocab_size"]:,} tokens and {config["dataset"]} '
+                            f'has {config["vocab_size"]:,}; prepare the data with its tokenizer')
         method.load_state_dict(published[1])
     elif '/' in init_from:
         news = begin_with(method, config, init_from)
@@ -277,10 +279,10 @@ def prepare(argv):
     check_batch(SimpleNamespace(**config), rank_and_world()[1])
     device = pick_device(config['device'])
     checkpoint, published = find_weights(config)
-    train_data, val_data = (open_data(config['dataset'], split, config['block_size']) for split in ('train', 'val'))
-    if config['block_size'] not in (0, train_data.block_size):
-        raise UserError(f'{config["dataset"]} has sequences of {train_data.block_size} tokens, '
-                        f'not block_size={config["block_size"]}')
+    name, L = config['dataset'], config['block_size']
+    train_data, val_data = open_data(name, 'train', L), open_data(name, 'val', L)
+    if L not in (0, train_data.block_size):
+        raise UserError(f'{name} has sequences of {train_data.block_size} tokens, not block_size={L}')
     config.update(vocab_size=train_data.vocab_size, block_size=train_data.block_size)
     if train_data.tokenizer:  # the checkpoint can then read and write text without the data
         config.update(tokenizer=train_data.tokenizer, wrap=train_data.wrap)
@@ -306,7 +308,8 @@ def prepare(argv):
     if config['compile']:
         # the whole forward pass; on a CPU without the heads, whose number of rows changes from step to step
         compile_in_place(method.backbones() if device.type == 'cpu' else [method], device)
-    return config, trainer, train_data, val_data, (checkpoint['step'], checkpoint['tokens']) if checkpoint else (0, 0)
+    progress = (checkpoint['step'], checkpoint['tokens']) if checkpoint else (0, 0)
+    return config, trainer, train_data, val_data, progress
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,8 +321,8 @@ def main(argv):
     if trainer.world > 1:
         connect(trainer.device)
         if largest(start) != -largest(-start):
-            raise UserError(f'processes begin at steps {-largest(-start)} to {largest(start)}: {c.out_dir} must be '
-                            'one folder that all nodes see')
+            raise UserError(f'processes begin at steps {-largest(-start)} to {largest(start)}: {c.out_dir} '
+                            'must be one folder that all nodes see')
     log, done, stopped_by = Log(config, trainer, start, tokens), start, 0
 
     with heed_signals() as received, closing(log.bar), \
@@ -341,7 +344,7 @@ def main(argv):
             if evaluating:
                 with trainer.averaged():
                     log.validation(done, trainer.evaluate(val_data, c.eval_seqs))
-            if saving and trainer.rank == 0:  # after the records of this step: whoever resumes here misses none
+            if saving and trainer.rank == 0:  # after this step's records: whoever resumes here misses none
                 save(path, {'config': config, **trainer.state(), 'step': done, 'tokens': tokens})
             if saving or evaluating:
                 log.restart_clock(tokens)

@@ -3,9 +3,9 @@ AR: the left-to-right language model that the tables compare with.
 
     p(x) = prod_l p_theta(x_l | x_0 ... x_{l-1})
 
-Same blocks, embedding and head as MDLM, number for number; only the attention is causal. The input is the text
-moved one place to the right behind a learned start vector, so that all L tokens are scored, the first one too:
--log p(x) is exact, and it is the quantity that MDLM bounds.
+Same blocks, embedding and head as MDLM, number for number; only the attention is causal. The input is the
+text moved one place to the right behind a learned start vector, so that all L tokens are scored, the first
+one too: -log p(x) is exact, and it is the quantity that MDLM bounds.
 """
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from model import DiT, head_cross_entropy, head_nll
 
 @dataclass
 class Config(Keys):
-    vocab_size: int = 0  # from the data; id vocab_size is the start in the input, and an open place in a prompt
+    vocab_size: int = 0  # from the data; id vocab_size is the input's start, and an open place in a prompt
     block_size: int = key(0, at_least=0)  # L
     hidden: int = key(384, at_least=1)
     num_layers: int = key(6, at_least=1)
@@ -38,7 +38,8 @@ class AR(Method):
         c = self.config = config
         self.mask_id = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size + 1, c.hidden)
-        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, 1 + c.block_size, dropout=c.dropout, causal=True)
+        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, 1 + c.block_size, dropout=c.dropout,
+                       causal=True)
         self.head = nn.Linear(c.hidden, c.vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
@@ -79,14 +80,18 @@ class AR(Method):
         return self.dit(e, depth=blocks if blocks < self.config.num_layers else None)[:, 1:]
 
     @torch.no_grad()
-    def sample(self, n, steps=None, strategy='', sampler='', x=None, generator=None, callback=None, **options):
-        """-> ids (n, L), token by token: `steps` has no say. Each position is computed once: keys and values are kept.
+    def sample(self, n, steps=None, strategy='', sampler='', x=None, generator=None, callback=None,
+               **options):
+        """-> ids (n, L), token by token: `steps` has no say. Keys and values are kept, so each position is
+        computed once.
 
-        x: (n, P) tokens to begin with, P <= L, where mask_id marks open places; ValueError if a token follows an
-        open place of its row. options: temperature, top_p. callback(position, x) sees every step.
+        x: (n, P) tokens to begin with, P <= L, where mask_id marks open places; ValueError if a token
+        follows an open place of its row. options: temperature, top_p. callback(position, x) sees every
+        step.
         """
-        c, weight, options = self.config, self.head.weight, self.sampling_options(strategy, sampler, **options)
-        x_0 = torch.full((n, 1 + c.block_size), self.mask_id, device=weight.device)  # the start, then the text
+        c, weight = self.config, self.head.weight
+        options = self.sampling_options(strategy, sampler, **options)
+        x_0 = torch.full((n, 1 + c.block_size), self.mask_id, device=weight.device)  # start, then the text
         if x is not None:
             x_0[:, 1:1 + x.shape[1]] = x
         given = x_0[:, 1:] != self.mask_id
@@ -95,7 +100,8 @@ class AR(Method):
         nothing = weight.new_empty(n, c.num_heads, 0, c.hidden // c.num_heads)
         caches, past = [[nothing, nothing] for _ in range(c.num_layers)], 0
         for i in range(int(given.sum(dim=1).min()), c.block_size):
-            h = self.dit(self.embed(x_0[:, past:i + 1]), caches=caches)  # the prompt at once, then one position at a time
+            # the prompt at once, then one position at a time
+            h = self.dit(self.embed(x_0[:, past:i + 1]), caches=caches)
             past = i + 1
             drawn = draw_tokens(self.head(h[:, -1]), options['temperature'], options['top_p'], generator)
             x_0[:, i + 1] = torch.where(given[:, i], x_0[:, i + 1], drawn)

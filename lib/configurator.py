@@ -1,9 +1,9 @@
 """
-Hyper-parameters: a dataclass of keys with defaults, then a config file, then --key=value.
+Hyper-parameters: defaults from a dataclass of keys, overridden by a config file, then by --key=value.
 
-The poor man's configurator of nanoGPT with three differences: a config file is read, not run
-(assignments of numbers, strings, True and False are all it may hold, and comments); a rule stands beside
-its key; and a mistake ends with one line that says what would have been right.
+nanoGPT's "poor man's configurator" with three differences: a config file is read, not run, so it may hold
+only comments and assignments of numbers, strings, True and False; each key's rule stands beside its default;
+and a mistake ends with one line that says what would have been right.
 """
 import ast
 import dataclasses
@@ -16,11 +16,11 @@ import time
 
 
 class UserError(Exception):
-    """A mistake by the user: one line that says what is wrong and what would be right."""
+    """A mistake by the user: the message is one line that says what is wrong and what would be right."""
 
 
 def nearest(name, known):
-    """'did you mean X?' for a likely typing mistake, otherwise the whole list."""
+    """'did you mean X?' for a likely typing mistake, 'known: ' and the whole list otherwise."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f'did you mean {close[0]}?' if close else f'known: {", ".join(sorted(known))}'
 
@@ -32,15 +32,17 @@ class Not(tuple):
     """In `only`: any value but these."""
 
 
-def key(default, *, only=None, meaning=False, choices=None, **bounds):
-    """A field of a dataclass of keys.
+def key(default, *, at_least=None, above=None, below=None, at_most=None,
+        choices=None, only=None, meaning=False):
+    """A field of a dataclass of keys, with the rule for its values.
 
-    bounds: at_least, above, below, at_most, of a number;  choices: the strings that it may be
-    only: {other key: value, tuple of values, or Not((values))}: where this key has an effect; a list of such
-          dicts: in any of these cases. Elsewhere another value than the default is refused.
-    meaning: a change makes trained weights mean something else, though it may leave their shapes alone
+    at_least, above, below, at_most: bounds of a number;  choices: the strings that are allowed
+    only: {other key: a value, a tuple of values, or Not([values])}, the settings in which this key has an
+          effect, or a list of such dicts, any of which is enough. Elsewhere only the default is accepted.
+    meaning: whether a change gives trained weights another meaning, even though their shapes stay the same
     """
-    return dataclasses.field(default=default, metadata={'only': only, 'meaning': meaning, 'choices': choices, **bounds})
+    rule = dict(at_least=at_least, above=above, below=below, at_most=at_most, choices=choices)
+    return dataclasses.field(default=default, metadata={**rule, 'only': only, 'meaning': meaning})
 
 
 BOUNDS = {'at_least': ('at least', operator.ge), 'above': ('greater than', operator.gt),
@@ -48,17 +50,17 @@ BOUNDS = {'at_least': ('at least', operator.ge), 'above': ('greater than', opera
 
 
 def complaint(name, rule, value):
-    """A sentence about a value that is out of bounds, or ''."""
+    """A sentence about a value that breaks its rule (the metadata of a field), or ''."""
     if rule.get('choices') and value not in rule['choices']:
         return f'{name} is one of {", ".join(rule["choices"])}, not {value!r}'
     for bound, (words, holds) in BOUNDS.items():
-        if bound in rule and not holds(value, rule[bound]):
+        if rule.get(bound) is not None and not holds(value, rule[bound]):
             return f'{name} must be {words} {rule[bound]}, not {value}'
     return ''
 
 
 def obstacle(case, values):
-    """The first 'key=value' in the way of a case of `only`, or ''."""
+    """The first 'key=value' that a case of `only` does not allow, or ''."""
     for name, wanted in case.items():
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
         if (values[name] in wanted) == isinstance(wanted, Not):
@@ -67,19 +69,21 @@ def obstacle(case, values):
 
 
 def complaints(Keys, values):
-    """Sentences about values that are out of bounds."""
-    found = (complaint(f.name, f.metadata, values[f.name]) for f in dataclasses.fields(Keys) if f.name in values)
+    """A sentence about each value that breaks its rule; `values` may lack keys and hold others."""
+    found = (complaint(f.name, f.metadata, values[f.name])
+             for f in dataclasses.fields(Keys) if f.name in values)
     return list(filter(None, found))
 
 
 def idle(Keys, values):
-    """{key: sentence} for the keys that have no effect beside the others and are not at their defaults."""
+    """{key: sentence} for the keys that differ from their defaults but have no effect, given the others."""
     found = {}
     for field in dataclasses.fields(Keys):
         cases = field.metadata.get('only') or {}
         obstacles = [obstacle(case, values) for case in (cases if isinstance(cases, list) else [cases])]
         if all(obstacles) and values[field.name] != field.default:
-            found[field.name] = f'{field.name}={values[field.name]} has no effect with {obstacles[0]}: leave it out'
+            name, value = field.name, values[field.name]
+            found[name] = f'{name}={value} has no effect with {obstacles[0]}: leave it out'
     return found
 
 
@@ -87,9 +91,14 @@ def defaults_of(Keys):
     return {f.name: f.default for f in dataclasses.fields(Keys)}
 
 
+def method_keys(Method):
+    """Those that a user can give; vocab_size comes from the data."""
+    return {name: default for name, default in defaults_of(Method.Config).items() if name != 'vocab_size'}
+
+
 @dataclasses.dataclass
 class Keys:
-    """The base of a dataclass of keys. ValueError for a value that is out of bounds or has no effect."""
+    """The base class of a dataclass of keys. ValueError for a value that breaks its rule or has no effect."""
 
     def __post_init__(self):
         for sentence in (*complaints(type(self), vars(self)), *idle(type(self), vars(self)).values()):
@@ -97,7 +106,10 @@ class Keys:
 
     @classmethod
     def stored(cls, values):
-        """The keys of a checkpoint, among others in `values`. They may have no effect: older runs were allowed to."""
+        """The keys of a checkpoint, which are in `values` among others; those missing have their defaults.
+
+        Keys without effect are accepted here, because the first edition accepted them in training.
+        """
         keys = cls.__new__(cls)
         vars(keys).update((k, values.get(k, default)) for k, default in defaults_of(cls).items())
         for sentence in complaints(cls, vars(keys)):
@@ -109,7 +121,7 @@ class Keys:
 # values: literals of the default's type, nothing that could run code
 
 def literal(node):
-    """The number, string or bool that a syntax tree spells; ValueError otherwise."""
+    """The number, string or bool that a syntax tree stands for; ValueError if it is anything else."""
     value = ast.literal_eval(node)
     if not isinstance(value, (bool, int, float, str)):
         raise ValueError('neither a number nor a string, True or False')
@@ -117,9 +129,10 @@ def literal(node):
 
 
 def fit(name, value, default):
-    """value as the type of default; UserError if it is of another kind. 1e4 counts as an integer, 3 as a float."""
+    """value, with the type of default: 1e4 may be an integer, 3 a float. UserError if it has another type."""
     kind = type(default)
-    if type(value) in (int, float) and kind in (int, float) and abs(value) <= sys.float_info.max:  # not so: nan
+    numeric = type(value) in (int, float) and kind in (int, float)
+    if numeric and abs(value) <= sys.float_info.max:  # False for nan
         if kind is float:
             return float(value)
         if value == int(value) and abs(value) < 2**63:
@@ -137,7 +150,7 @@ def numbers(name, text):
     except ValueError:
         steps = [0]
     if min(steps) < 1:
-        raise UserError(f'--{name} wants numbers from 1 up, as in --{name}=1,2,4; not {text!r}')
+        raise UserError(f'--{name} wants numbers of at least 1, as in --{name}=1,2,4; not {text!r}')
     return steps
 
 
@@ -160,13 +173,13 @@ def read_file(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
         where = f'{path}, line {node.lineno}'
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if not isinstance(target, ast.Name):
             raise UserError(f'{where}: a config holds assignments such as  batch_size = 32  and nothing else')
-        name = node.targets[0].id
         try:
-            values[name] = literal(node.value)
+            values[target.id] = literal(node.value)
         except (ValueError, TypeError, RecursionError, MemoryError) as e:
-            raise UserError(f'{where}: {name} wants a literal such as 32, 3e-4, True or "text"') from e
+            raise UserError(f'{where}: {target.id} wants a literal such as 32, 3e-4, True or "text"') from e
     return values
 
 
@@ -180,7 +193,7 @@ def read_flags(argv):
 
 
 def read_value(name, text, default):
-    """The right-hand side of --key=value as the type of default. A string needs no quotes, and --key alone means True."""
+    """The value in --key=value, with the type of default. Strings need no quotes; --key alone means True."""
     if text is None:
         if not isinstance(default, bool):
             raise UserError(f'--{name} wants a value: --{name}={default}')
@@ -189,16 +202,16 @@ def read_value(name, text, default):
         try:
             text = literal(ast.parse(text, mode='eval').body)
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-            pass  # no number: fit says what is wanted
+            pass  # it stays a string, and `fit` says what is wanted
     return fit(name, text, default)
 
 
 def configure(Keys, argv, methods=None):
-    """The keys of a script, with the values of a config file and the command line -> one flat dict.
+    """All keys of a script, with the values that config file and command line give them -> one flat dict.
 
-    argv: at most one config file, --key=value, --key for a bool; the type of a default is the rule
-    methods: {name: class with a Config}; the key `method` names one, and the keys of its Config are known, too
-    A config file NAME.py means out_dir = out/NAME unless something says otherwise.
+    argv: at most one config file, and --key=value, or --key for a bool. A value has the type of its default.
+    methods: {name: class with a Config}. If given, the key `method` names one, whose keys are added.
+    A config file NAME.py sets out_dir = out/NAME unless something else is given. UserError for any mistake.
     """
     try:
         ''.join(argv).encode()
@@ -210,15 +223,16 @@ def configure(Keys, argv, methods=None):
     given, flags = read_file(files[0]) if files else {}, read_flags([a for a in argv if a.startswith('-')])
     groups, known = [Keys], defaults_of(Keys)
     if methods:
-        method = flags.get('method') or given.get('method', known['method'])
+        method = given.get('method', known['method'])
+        if 'method' in flags:
+            method = read_value('method', flags['method'], known['method'])
         if method not in methods:
             raise UserError(f'there is no method {method}: {nearest(str(method), methods)}')
         groups.append(methods[method].Config)
-        known = {**defaults_of(groups[1]), **known}
-        del known['vocab_size']  # the data's, no key
+        known = {**method_keys(methods[method]), **known}
     for k in (*given, *flags):
         if k not in known:
-            owners = [m for m in methods or () if k in defaults_of(methods[m].Config)]
+            owners = [m for m in methods or () if k in method_keys(methods[m])]
             hint = f'it is a key of {" and ".join(owners)}, and method={method}' if owners else nearest(k, known)
             raise UserError(f'unknown key {k}: {hint}')
     if files and 'out_dir' in known:
@@ -228,11 +242,11 @@ def configure(Keys, argv, methods=None):
     for group in groups:
         for sentence in complaints(group, config):
             raise UserError(sentence)
-        in_file = idle(group, from_file)
+        idle_in_file = idle(group, from_file)
         for k, sentence in idle(group, config).items():
-            if k in flags or k in in_file:
+            if k in flags or k in idle_in_file:
                 raise UserError(sentence)
-            config[k] = known[k]  # a key of the file that the command line puts out of use is no mistake
+            config[k] = known[k]  # the command line changed the setting that the file's key was meant for
     return config
 
 
@@ -240,9 +254,9 @@ def configure(Keys, argv, methods=None):
 # how a script ends
 
 def run(main, Keys=None, methods=None):
-    """main(argv) of a script. A UserError becomes one line and exit code 2; Ctrl-C or a closed pipe ends quietly.
+    """Runs main(argv) of a script. A UserError becomes one line and exit code 2; Ctrl-C and a closed pipe do not.
 
-    --help prints the head of the file and the keys, if there are any.
+    Keys, methods: as for `configure`. If Keys are given, --help prints the script's docstring and all keys.
     """
     try:
         if Keys and {'-h', '--help'} & set(sys.argv[1:]):
@@ -255,11 +269,11 @@ def run(main, Keys=None, methods=None):
         sys.stdout.flush()
     except UserError as e:
         if os.environ.get('LOCAL_RANK', '0') != '0':
-            time.sleep(3)  # under torchrun a node's first process speaks for all, and its exit ends us during this
+            time.sleep(3)  # under torchrun a node's first process reports for all, and when it exits we are ended
         print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `python sample.py | head`: keep the interpreter from flushing again
+    except BrokenPipeError:  # as in `python sample.py | head`: keep the interpreter from flushing stdout again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130)

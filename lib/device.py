@@ -26,7 +26,10 @@ def device_name(device):
 
 
 def compile_in_place(modules, device):
-    """torch.compile; names in the state dict stay as they are. UserError where a CPU's compiler is missing."""
+    """torch.compile; names in the state dict stay as they are.
+
+    UserError where a CPU's compiler is missing.
+    """
     compilers = os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'
     if device.type == 'cpu' and not any(map(shutil.which, compilers)):
         raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, '

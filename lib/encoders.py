@@ -39,8 +39,8 @@ def hub_model(auto, name, device, role):
 class HubEncoder:
     """Any model of `transformers`, with the special tokens that its own tokenizer puts around a text.
 
-    The summary is the state of the last of them: EOS of a decoder (the embedding, for Qwen3-Embedding), [SEP] of
-    a BERT (our choice).
+    The summary is the state of the last of them: EOS of a decoder (the embedding, for Qwen3-Embedding),
+    [SEP] of a BERT (our choice).
     """
 
     def __init__(self, name, device):
@@ -50,8 +50,8 @@ class HubEncoder:
         a = self.tokenizer.encode('a')
         at = next(i for i in range(len(around)) if around[i:i + len(a)] == a)
         self.before, self.after = around[:at], around[at + len(a):]
-        # a tokenizer that puts nothing after a text, such as GPT-2's: the summary is then the state of an EOS that
-        # we add, or without an EOS that of the last token
+        # a tokenizer that puts nothing after a text, such as GPT-2's: the summary is then the state of an
+        # EOS that we add, or without an EOS that of the last token
         self.eos = [self.tokenizer.eos_id] if not self.after and self.tokenizer.eos_id is not None else []
         config = self.model.config
         self.width, self.num_layers = config.hidden_size, config.num_hidden_layers
@@ -118,8 +118,8 @@ def check_tokenizer(encoder, data, summary=True):
 def pool(states, summary, M):
     """(b, L, w), (b, w) -> (b, M, w). M = L: as they are. M < L: the means of M - 1 chunks, and the summary.
 
-    The chunks are contiguous and of nearly equal size: LADD appendix D. (The released code for LM1B takes M chunks
-    and no summary.)
+    The chunks are contiguous and of nearly equal size: LADD appendix D. (The released code for LM1B takes M
+    chunks and no summary.)
     """
     if M == states.shape[1]:
         return states

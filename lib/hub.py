@@ -1,7 +1,8 @@
 """
 Published MDLM weights, e.g. kuleshov-group/mdlm-owt, as an MDLM of ours.
 
-The official network (`models/dit.py` of kuleshov-group/mdlm) and ours compute the same function; three things differ on paper:
+The official network (`models/dit.py` of kuleshov-group/mdlm) and ours compute the same function; three
+things differ on paper:
     LayerNorm   theirs has a gain w in front of AdaLN. It folds into the scale: w (1 + scale) = 1 + scale' for scale' = w scale + w - 1
     head        theirs has a row for [mask], the last one, whose probability SUBS sets to zero. We drop it
     time        theirs is fed sigma, set to 0 by `time_conditioning: false`. Ours is fed the same constant
@@ -79,8 +80,8 @@ def convert(state, num_layers):
 def load_published(name, method='mdlm'):
     """name: owner/name of the hub, or a folder -> the flat config of an MDLM, its state dict.
 
-    The tokenizer is GPT-2's, texts are BOS ... EOS. UserError if it cannot be fetched, is not an MDLM in the official
-    layout, or another method is wanted.
+    The tokenizer is GPT-2's, texts are BOS ... EOS. UserError if it cannot be fetched, is not an MDLM in
+    the official layout, or another method is wanted.
     """
     if method != 'mdlm':
         raise UserError(f'{name} holds no run of ours, and published weights are of mdlm, not of {method}')

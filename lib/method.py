@@ -2,7 +2,8 @@
 What a method is: everything that train.py, sample.py, eval.py and bench.py ask of one.
 
 The defaults are the answers of a method with one denoiser, `dit`, and one way to sample, so no script has to
-probe for attributes or signatures, and none knows a method by name. A subclass takes a dataclass Config and has
+probe for attributes or signatures, and none knows a method by name. A subclass takes a dataclass Config and
+has
 
     forward(x, noise, [z_0])               training loss of x (b, L) int64, a scalar, and logs, a dict of scalars;
                                            z_0 (b, M, D): stored latents, where it trains on such
@@ -48,7 +49,8 @@ class Method(nn.Module):
     def begin_step(self, step, noise, draw_rows):
         """Before a training step; may return what begins here, for whoever prints it.
 
-        draw_rows(n) -> (ids (n, L), and stored latents where there are any): more training rows than a batch has.
+        draw_rows(n) -> (ids (n, L), and stored latents where there are any): more training rows than a
+        batch has.
         """
 
     def end_step(self, finite, noise):

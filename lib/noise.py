@@ -35,8 +35,9 @@ def name_key(name):
 class Noise:
     """All randomness of one training step (or of one evaluation), for the rows of the global batch that this process holds.
 
-    seed, step: ints;  rows: int64 (b,), the global row numbers held here;  total: rows of the global batch over all processes.
-    Draws are named: two draws of one name are the same numbers, draws of different names are independent.
+    seed, step: ints;  rows: int64 (b,), the global row numbers held here;  total: rows of the global batch
+    over all processes. Draws are named: two draws of one name are the same numbers, draws of different
+    names are independent.
     """
 
     def __init__(self, seed, step, rows, total):
