@@ -1,19 +1,19 @@
 """
 Speed and memory of a config on this machine, and what the economical vocabulary head is worth.
 
-    python bench.py config/NAME.py [--key=value ...]                            the keys of train.py, and these below
-    python bench.py config/owt_mdlm.py --vocab_size=151669 --batch_size=32      random tokens: no data set needed
-    python bench.py config/owt_di_ladd.py --vocab_size=151669 --stored_latents=True --stage1_iters=0      stage 2
+    python bench.py config/NAME.py [--key=value ...]                     keys: those of train.py and those below
+    python bench.py config/owt_mdlm.py --vocab_size=151669               random tokens: no data set needed
+    python bench.py config/owt_di_ladd.py --vocab_size=151669 --stored_latents=True --stage1_iters=0     stage 2
 
 A training step is train.py's own, on random tokens and random stored latents; a frozen encoder runs as in
-training. Everything is measured several times, each time in its own process: compiled (if the config says so),
-eager, and with the full head. That is the straightforward way, in which training forms the logits (B, L, V) of
-all positions, and MDLM's sampler draws a token for all of them by fp64 Gumbel noise over V + 1 outcomes.
+training. Everything is measured several times, each time in its own process: compiled (if the config says
+so), eager, and with the full head. That is the straightforward way: training forms the logits of all
+positions, (B, L, V), and MDLM's sampler draws a token for each of them by fp64 Gumbel noise over V + 1 outcomes.
 
 Training FLOPs per sequence = 6 * (layers * (12 L d^2 + 2 L^2 d) + rows * d * V): two per multiply-add, and
-backward costs twice forward; rows = L / 2, the positions that MDLM and LADD mask on average (AR, LDLM: L). LDLM
-adds its autoencoder and the forward pass of self-conditioning. This is the useful work, the same number for all
-variants; embeddings, AdaLN and other encoders are left out. MFU divides it by the peak that is printed.
+backward costs twice forward; rows = L / 2, the positions that MDLM and LADD mask on average (AR, LDLM: L).
+LDLM adds its autoencoder and the forward pass of self-conditioning. This is the useful work, the same number
+for all variants; embeddings, AdaLN and other encoders are left out. MFU divides it by the peak that is printed.
 """
 import json
 import statistics
@@ -60,7 +60,7 @@ class FullCrossEntropy:
 
 
 def all_rows(mask, stratified=True):
-    """In place of mdlm.masked_rows: every position of mask (b, L) gets logits, and weight 0 where it is not masked."""
+    """In place of mdlm.masked_rows: all positions of mask (b, L), with weight 0 where nothing is masked."""
     return slice(None), mask.flatten(), mask.new_zeros((), dtype=torch.int64)
 
 
@@ -74,7 +74,7 @@ def use_full_head():
 
 @torch.no_grad()
 def full_sample(method, x, alphas, steps):
-    """The first `steps` steps along alphas with head and noise on every position; each step costs the same."""
+    """The first `steps` steps along alphas, with head and noise at every position; each costs the same."""
     for alpha_t, alpha_s in list(mdlm.pairs(alphas))[:steps]:
         logits = method.head(method.dit(method.embed(x))).to(mdlm.wide(x.device))
         reveal = (alpha_s - alpha_t) / (1 - alpha_t)
@@ -140,31 +140,27 @@ def measure_training(method, c, device):
 
     trainer = train.Trainer(method, c, device)
     trainer.step(2, batch, texts)
-    times = [seconds(lambda step=step: trainer.step(step, batch, texts), device) for step in range(3, 3 + c.iters)]
+    times = [seconds(lambda i=i: trainer.step(3 + i, batch, texts), device) for i in range(c.iters)]
     tokens_per_s = c.batch_size * c.block_size / statistics.median(times)
     return result | {'memory': peak_memory(device), 'tokens_per_s': tokens_per_s}
 
 
-@torch.no_grad()
 def measure_sampling(method, c, device):
-    """-> {'sampling STRATEGY': seconds per sequence}. Of the straightforward way there is only MDLM's sampler."""
-    n, autocast = c.num_samples, torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
+    """-> {'sampling STRATEGY': seconds per sequence}. Of straightforward samplers there is only MDLM's."""
+    n, result = c.num_samples, {}
     if c.variant == 'full' and method.name == 'MDLM':
-        alphas = mdlm.alpha(mdlm.time_grid(c.steps, device), c.schedule)
-        part = min(4, c.steps)
-        with autocast:
-            time_of_part = seconds(lambda: full_sample(method, method.all_masked(n), alphas, part), device)
+        alphas, part = mdlm.alpha(mdlm.time_grid(c.steps, device), c.schedule), min(4, c.steps)
+        time_of_part = seconds(lambda: full_sample(method, method.all_masked(n), alphas, part), device)
         return {'sampling joint': time_of_part / n * c.steps / part}
     if c.variant == 'full':
         return {}
     if c.variant == 'compiled' and device.type != 'cpu':
         compile_in_place(method.backbones(), device)
-    result = {}
-    with autocast:
-        for strategy in method.strategies:
-            method.sample(n, c.steps, strategy)  # a warm-up: the number of texts in a call varies from step to step
-            time_of_all = seconds(lambda strategy=strategy: method.sample(n, c.steps, strategy), device)
-            result[f'sampling {strategy}'] = time_of_all / n
+    for strategy in method.strategies:
+        def sample(strategy=strategy):
+            method.sample(n, c.steps, strategy)
+        sample()  # a warm-up, since the number of texts in a denoiser call varies
+        result[f'sampling {strategy}'] = seconds(sample, device) / n
     return result
 
 
@@ -179,11 +175,14 @@ def measure(c, config, device):
     if c.variant == 'compiled':  # what train.py compiles
         compile_in_place(method.backbones() if device.type == 'cpu' else [method], device)
     result = measure_training(method, c, device)
-    return result | measure_sampling(method.eval(), c, device) if c.num_samples else result
+    if c.num_samples:
+        with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
+            result |= measure_sampling(method.eval(), c, device)
+    return result
 
 
 def in_its_own_process(argv, variant):
-    """measure() where nothing else has been allocated before -> its dict; {} if it failed, out of memory perhaps."""
+    """measure() where nothing has been allocated before -> its dict; {} if it failed, out of memory perhaps."""
     command = [sys.executable, __file__, *argv, f'--variant={variant}']
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return {} if done.returncode else json.loads(done.stdout)
@@ -211,7 +210,7 @@ def cell(value):
 
 
 def print_table(results, rows):
-    """A line for each of rows [(label, key, scale)] that some result has, a column for each of results {variant: dict}."""
+    """A column for each variant of results {variant: dict}, a line for each (label, key, scale) that one has."""
     names = ('full head' if variant == 'full' else variant for variant in results)
     print(f'{"":44}' + ''.join(f'{name:>12}' for name in names) + f'{"ratio":>10}')
     for label, name, scale in rows:
@@ -219,7 +218,8 @@ def print_table(results, rows):
         values = [None if number is None else scale * number for number in numbers]
         there = [value for value in values if value is not None]
         if there:
-            print(f'{label:44}' + ''.join(map(cell, values)) + f'{there[0] / there[-1]:9.3g}x' * (len(there) > 1))
+            ratio = f'{there[0] / there[-1]:9.3g}x' if len(there) > 1 else ''
+            print(f'{label:44}' + ''.join(map(cell, values)) + ratio)
 
 
 def main(argv):
@@ -242,13 +242,14 @@ def main(argv):
     results = {variant: in_its_own_process(argv, variant) for variant in variants}
     if not any(results.values()):
         raise UserError('the measurement failed for the reason above')
-    which = {strategy: f', {strategy}' * (len(method.strategies) > 1) for strategy in method.strategies}
+    label = f'sampling {c.steps} steps, s/sequence' + ', {}' * (len(method.strategies) > 1)
     print_table(results, [
         ('training, tokens/s', 'tokens_per_s', 1),
         ('training, MFU in %', 'tokens_per_s', 100 * flops / peak),
         ('peak memory in GB: forward and backward', 'gradient_memory', 1e-9),
         ('                   with AdamW and EMA', 'memory', 1e-9),
-        *((f'sampling {c.steps} steps, s/sequence{which[s]}', f'sampling {s}', 1) for s in method.strategies)])
+        *((label.format(strategy), f'sampling {strategy}', 1) for strategy in method.strategies),
+    ])
 
 
 if __name__ == '__main__':

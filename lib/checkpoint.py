@@ -110,10 +110,11 @@ def check_fits(checkpoint, config, method, out_dir):
         raise UserError(f'{out_dir} holds weights only, so training cannot continue; start from them with '
                         f'--init_from={out_dir} and another --out_dir')
     old, fields = checkpoint['config'], dataclasses.fields(method.Config)
-    # these change what weights mean without changing their shapes; data, times and masks depend on the seed
-    meanings = ['method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'encoder_weights', 'seed']
+    # these change what weights mean without changing their shapes
+    meanings = ['method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'encoder_weights']
+    meanings += ['seed']  # data, times and masks depend on it
     if old['method'] == config['method']:
-        unused = idle(method.Config, {**config, **old})  # which an older run may hold
+        unused = idle(method.Config, {**config, **old})  # runs of the first edition may hold such keys
         meanings += [f.name for f in fields if f.metadata.get('meaning') and f.name not in unused]
     # an older run may lack a key
     changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]

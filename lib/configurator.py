@@ -92,7 +92,7 @@ def defaults_of(Keys):
 
 
 def method_keys(Method):
-    """Those that a user can give; vocab_size comes from the data."""
+    """A method's keys that a user can set, with their defaults; vocab_size comes from the data."""
     return {name: default for name, default in defaults_of(Method.Config).items() if name != 'vocab_size'}
 
 
@@ -101,8 +101,8 @@ class Keys:
     """The base class of a dataclass of keys. ValueError for a value that breaks its rule or has no effect."""
 
     def __post_init__(self):
-        for sentence in (*complaints(type(self), vars(self)), *idle(type(self), vars(self)).values()):
-            raise ValueError(sentence)
+        if found := [*complaints(type(self), vars(self)), *idle(type(self), vars(self)).values()]:
+            raise ValueError(found[0])
 
     @classmethod
     def stored(cls, values):
@@ -112,8 +112,8 @@ class Keys:
         """
         keys = cls.__new__(cls)
         vars(keys).update((k, values.get(k, default)) for k, default in defaults_of(cls).items())
-        for sentence in complaints(cls, vars(keys)):
-            raise ValueError(sentence)
+        if found := complaints(cls, vars(keys)):
+            raise ValueError(found[0])
         return keys
 
 
@@ -232,21 +232,21 @@ def configure(Keys, argv, methods=None):
         known = {**method_keys(methods[method]), **known}
     for k in (*given, *flags):
         if k not in known:
-            owners = [m for m in methods or () if k in method_keys(methods[m])]
-            hint = f'it is a key of {" and ".join(owners)}, and method={method}' if owners else nearest(k, known)
+            owners = ' and '.join(m for m in methods or () if k in method_keys(methods[m]))
+            hint = f'it is a key of {owners}, and method={method}' if owners else nearest(k, known)
             raise UserError(f'unknown key {k}: {hint}')
     if files and 'out_dir' in known:
         given.setdefault('out_dir', os.path.join('out', os.path.splitext(os.path.basename(files[0]))[0]))
     from_file = {**known, **{k: fit(k, v, known[k]) for k, v in given.items()}}
     config = {**from_file, **{k: read_value(k, text, known[k]) for k, text in flags.items()}}
     for group in groups:
-        for sentence in complaints(group, config):
-            raise UserError(sentence)
+        if found := complaints(group, config):
+            raise UserError(found[0])
         idle_in_file = idle(group, from_file)
         for k, sentence in idle(group, config).items():
             if k in flags or k in idle_in_file:
                 raise UserError(sentence)
-            config[k] = known[k]  # the command line changed the setting that the file's key was meant for
+            config[k] = known[k]  # the command line left the setting that the file meant this key for
     return config
 
 
@@ -254,9 +254,10 @@ def configure(Keys, argv, methods=None):
 # how a script ends
 
 def run(main, Keys=None, methods=None):
-    """Runs main(argv) of a script. A UserError becomes one line and exit code 2; Ctrl-C and a closed pipe do not.
+    """Runs main(argv) of a script. A UserError becomes one line and exit code 2.
 
-    Keys, methods: as for `configure`. If Keys are given, --help prints the script's docstring and all keys.
+    Ctrl-C or a closed pipe ends it quietly. If Keys are given (and methods, as for `configure`), --help
+    prints the script's docstring and all keys.
     """
     try:
         if Keys and {'-h', '--help'} & set(sys.argv[1:]):
@@ -269,11 +270,11 @@ def run(main, Keys=None, methods=None):
         sys.stdout.flush()
     except UserError as e:
         if os.environ.get('LOCAL_RANK', '0') != '0':
-            time.sleep(3)  # under torchrun a node's first process reports for all, and when it exits we are ended
+            time.sleep(3)  # under torchrun a node's first process speaks for all, and its exit ends this one
         print('error:', ' '.join(str(e).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # as in `python sample.py | head`: keep the interpreter from flushing stdout again
+    except BrokenPipeError:  # as in `python sample.py | head`; keep the interpreter from flushing again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(130)

@@ -1,52 +1,78 @@
 """
-Figures from what train.py and eval.py have written.
+Tables and figures of what train.py and eval.py have written.
 
-    python plot.py log out/A out/B ...               losses against steps                          -> out/A/log.png
-    python plot.py frontier out/A out/B ...          Gen PPL at equal cost, tables and a figure    -> out/A/frontier.png
-    python plot.py frontier out/A out/A_seed1 FILE.jsonl --save=FIGURE.png --gflops=50,100,200 --time=cpu --paper=lm1b
-    python plot.py smoothness out/A out/B ...        Gen PPL between two texts, LDLM figure 3      -> out/A/smoothness.png
+    python -m lib.plot log out/A out/B ...           losses against steps           -> out/A/log.png
+    python -m lib.plot frontier out/A out/B ...      Gen PPL against cost           -> out/A/frontier.png
+    python -m lib.plot smoothness out/A out/B ...    Gen PPL between two texts      -> out/A/smoothness.png
+    options: --save=FIGURE.png, and of the frontier --gflops=50,100,200 --time=cpu --paper=lm1b
 
-The frontier asks what a given amount of computing buys: Gen PPL is interpolated linearly between the measured budgets, and is n/a
-outside of them. Below it stands the entropy, because Gen PPL alone can be had by repeating oneself. Runs that differ only in their seed
-(out/A, out/A_seed1, ...) are one curve: mean and standard deviation. FILE.jsonl is a copy of results, for runs that are gone.
-frontier.py measures what is missing first.
+The frontier asks what a given amount of computing buys. Gen PPL is interpolated linearly between measured
+costs, and is n/a outside of them. Entropy stands beside it, because repeating oneself lowers Gen PPL, too.
+Runs that differ only in their seed (out/A, out/A_seed1, ...) are one curve: mean and standard deviation in
+the tables, mean and range in the figure. FILE.jsonl in place of a folder is a copy of results, for runs that
+are gone. `python eval.py out/A out/B ...` measures first what is missing.
 """
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-import matplotlib
-matplotlib.use('Agg')  # files, no windows
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lib.configurator import UserError, configure, run
+from lib.configurator import Keys, UserError, configure, key, run
+from lib.files import read_lines
+
+plt.switch_backend('Agg')  # files, no windows
+SECONDS = {'wall': 'seconds_per_sample', 'cpu': 'cpu_seconds_per_sample'}
 
 
-def read(folder, name):
-    """The JSON objects in out/NAME/log.jsonl or eval.jsonl, in order; [] if there is no such file. A torn last line is left out."""
-    path = folder if folder.endswith('.jsonl') else os.path.join(folder, name)
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding='utf-8', errors='replace') as f:
-        lines = f.read().split('\n')
-    records = []
-    for line in lines[:-1]:
-        try:
-            records.append(json.loads(line))
-        except ValueError as e:
-            raise UserError(f'{path} holds a line that is no JSON: {line[:40]!r}') from e
-    return records
+@dataclass
+class Config(Keys):
+    save: str = ''                 # the figure; empty: log.png, ... in the first folder
 
 
-def save(figure, path):
-    try:
-        figure.savefig(path, dpi=150, bbox_inches='tight')
-    except (OSError, ValueError) as e:  # ValueError: no format of that name
-        raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or e})') from e
-    plt.close(figure)
+@dataclass
+class FrontierConfig(Config):
+    gflops: str = ''               # costs in the tables; empty: the measured ones of the longest curve
+    time: str = key('wall', choices=tuple(SECONDS))  # of the figure; cpu if the machine had other work
+    paper: str = ''                # lm1b | owt: the paper's curves beside ours, in grey
+
+
+# ------------------------------------------------------------------------------------------------------------
+# for every table and figure
+
+def written(mean, deviation=np.nan):
+    """A number to four digits, with its standard deviation if there is one."""
+    if np.isnan(mean):
+        return 'n/a'
+    spread = f'±{deviation:.2g}' if deviation > 1e-9 * mean else ''
+    return (f'{mean:.4g}' if mean < 1e4 else f'{mean:.0f}') + spread
+
+
+def print_table(title, columns, rows, out):
+    """columns: headings.  rows: lists of a name and a cell for each column.  All of them are strings."""
+    cells = [[title, *columns], *rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for name, *row in cells:
+        print(name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row, widths[1:])), sep='  ', file=out)
+    print(file=out)
+
+
+def curve(ax, x, values, **style):
+    """A line through the mean over runs, with bars from the least to the greatest; values: a list per x."""
+    means = np.array([mean_and_deviation(v)[0] for v in values])
+    ends = np.array([(min(v), max(v)) if v else (np.nan, np.nan) for v in values]).T
+    several = any(len(v) > 1 for v in values)
+    ax.errorbar(x, means, abs(ends - means) if several else None, capsize=2, **style)
+
+
+def mean_and_deviation(values):
+    """nan for the mean of none, and for the standard deviation of one."""
+    return np.mean(values) if values else np.nan, np.std(values, ddof=1) if len(values) > 1 else np.nan
 
 
 def log_scale(axis):
@@ -57,42 +83,58 @@ def log_scale(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+def save(figure, path):
+    try:
+        figure.savefig(path, dpi=150, bbox_inches='tight')
+    except (OSError, ValueError) as e:  # ValueError: no format of that name
+        raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or e})') from e
+    plt.close(figure)
+
+
+def beside(name, kind):
+    """Where a figure goes by default: into a run's folder, or beside a FILE.jsonl."""
+    return os.path.join(os.path.dirname(name) if name.endswith('.jsonl') else name, kind + '.png')
+
+
+# ------------------------------------------------------------------------------------------------------------
 # losses
 
 def log(folders, path, out):
     figure, ax = plt.subplots(figsize=(6, 4))
     for i, folder in enumerate(folders):
-        records = read(folder, 'log.jsonl')
-        train, val = ([(r['step'], r[key]) for r in records if r.get(key) is not None] for key in ('loss', 'val_loss'))
+        records, found = read_lines(os.path.join(folder, 'log.jsonl')), {}
+        for name in ('loss', 'val_loss'):
+            found[name] = [(r['step'], r[name]) for r in records if r.get(name) is not None]
+        train, val = found.values()
         if not train + val:
             raise UserError(f'{folder} holds no log.jsonl with losses; train.py writes it')
         if train:
-            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, linewidth=0.7, label=f'{folder}, training objective')
+            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, lw=0.7, label=f'{folder}, training objective')
         if val:
             ax.plot(*zip(*val), color=f'C{i}', marker='.', label=f'{folder}, validation')
-            print(f'{folder}: validation {val[-1][1]:.4f} nats per token at step {val[-1][0]:,}, best {min(v for _, v in val):.4f}', file=out)
+            (step, last), best = val[-1], min(loss for _, loss in val)
+            print(f'{folder}: validation {last:.4f} nats per token at step {step:,}, best {best:.4f}', file=out)
     ax.set(xlabel='step', ylabel='loss (nats per token)')
     ax.legend()
     save(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# Gen PPL against cost
+# ------------------------------------------------------------------------------------------------------------
+# the frontier: what was measured
 
-SETTINGS = ('model', 'step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples', 'batch_size', 'dtype', 'compile',
-            'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
-TABLES = (('gflops', 'gen_ppl'), ('gflops', 'entropy_sample'), ('gflops', 'entropy_position'), ('gflops', 'diversity'),  # LADD tables 2, 5; 11, 13
-          ('steps', 'gen_ppl'), ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),                            # LADD tables 9, 12
-          ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
-SECONDS = {'wall': 'seconds_per_sample', 'cpu': 'cpu_seconds_per_sample'}
-PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'assets', 'paper_ladd.json')
+SETTINGS = ('step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples',
+            'batch_size', 'dtype', 'compile', 'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
+FIRST_SAMPLERS = {'ancestral', 'euler_maruyama'}  # of methods that have several
 
 
 def gen_ppls(name):
-    """The results in a folder's eval.jsonl, or in a file with copies of such, that have a Gen PPL."""
-    here = {} if name.endswith('.jsonl') else {'model': os.path.normpath(name)}  # the folder may have been renamed
-    return [{'compile': False, **r, **here} for r in read(name, 'eval.jsonl') if r.get('gen_ppl') is not None]  # older results do not say
+    """The results in a folder's eval.jsonl, or in a FILE.jsonl, that have a Gen PPL."""
+    if name.endswith('.jsonl'):
+        results, model = read_lines(name), {}
+    else:  # it may have been renamed since
+        results, model = read_lines(os.path.join(name, 'eval.jsonl')), {'model': os.path.normpath(name)}
+    # results of old do not mention `compile`
+    return [{'compile': False, **r, **model} for r in results if r.get('gen_ppl') is not None]
 
 
 def measured(names):
@@ -110,123 +152,133 @@ def measured(names):
 def curves(results):
     """{label: its runs, each a list of results by rising cost}. Only results of equal settings make a curve.
 
-    Runs of one curve differ in the seed of training (the folder's _seed1, _seed2, ...) or of sampling. Of two results at one budget the later counts.
+    Runs of one curve differ in the seed of training (the folder's _seed1, _seed2, ...) or of sampling. Of two
+    results at one cost the later counts.
     """
     groups = {}
     for r in results:
-        key = (re.sub(r'_seed\d+$', '', r['model']), *(r.get(k) for k in SETTINGS[1:]))
-        groups.setdefault(key, {}).setdefault((r['model'], r.get('seed')), {})[r['gflops']] = r
+        group = re.sub(r'_seed\d+$', '', r['model']), tuple(r.get(name) for name in SETTINGS)
+        groups.setdefault(group, {}).setdefault((r['model'], r.get('seed')), {})[r['gflops']] = r
 
-    def differs(i):  # a label says what tells a curve from the others
-        if len({(key[0], key[i]) for key in groups}) > len({key[0] for key in groups}):
-            return True  # from others of the same run
-        values = {key[i] for key in groups} - {None}  # that a method has no such setting does not need saying,
-        return len(values) > 1 and SETTINGS[i] != 'step' and not values <= {'ancestral', 'euler_maruyama'}  # nor a run's length, a method's first sampler
-    shown = [i for i in range(len(SETTINGS)) if i == 0 or differs(i)]
-    by_label = {}
-    for key, runs in groups.items():
-        label = ', '.join(f'{SETTINGS[i]} {key[i]}' if i else key[0] for i in shown if key[i] is not None)
-        by_label[label + (f' ({len(runs)} seeds)' if len(runs) > 1 else '')] = [[run[g] for g in sorted(run)] for run in runs.values()]
-    return by_label
-
-
-def at(run, axis, x, key):
-    """One run's `key` where `axis` is x: between measured GFLOPs by linear interpolation, of steps only the measured ones; nan elsewhere."""
-    points = [(r[axis], r[key]) for r in run if r.get(axis) is not None and r.get(key) is not None]
-    if axis == 'steps' or not points:
-        return dict(points).get(x, np.nan)
-    return float(np.interp(x, *zip(*points), left=np.nan, right=np.nan))
+    def shown(i):
+        """Whether labels mention setting i."""
+        if len({(model, settings[i]) for model, settings in groups}) > len({model for model, _ in groups}):
+            return True  # it tells the curves of one model apart
+        found = {settings[i] for _, settings in groups} - {None}
+        return len(found) > 1 and SETTINGS[i] != 'step' and not found <= FIRST_SAMPLERS
+    in_label, labelled = [i for i in range(len(SETTINGS)) if shown(i)], {}
+    for (model, settings), runs in groups.items():
+        words = [f'{SETTINGS[i]} {settings[i]}' for i in in_label if settings[i] is not None]
+        label = ', '.join([model, *words]) + (f' ({len(runs)} seeds)' if len(runs) > 1 else '')
+        labelled[label] = [[by_cost[g] for g in sorted(by_cost)] for by_cost in runs.values()]
+    return labelled
 
 
-def over_runs(runs, axis, x, key):
-    """-> mean and standard deviation over the runs that were measured there; (nan, nan) if none was, and nan for the deviation of one."""
-    values = [v for v in (at(run, axis, x, key) for run in runs) if not np.isnan(v)]
-    return np.mean(values) if values else np.nan, np.std(values, ddof=1) if len(values) > 1 else np.nan
+def values_at(runs, axis, x, name):
+    """What the results of each run call `name`, at x, for the runs that were measured there -> list.
 
-
-def written(mean, deviation=np.nan):
-    if np.isnan(mean):
-        return 'n/a'
-    return (f'{mean:.4g}' if mean < 1e4 else f'{mean:.0f}') + (f'±{deviation:.2g}' if deviation > 1e-9 * mean else '')
-
-
-def print_table(title, columns, rows, out):
-    """rows: lists of a name and cells."""
-    cells = [[title, *map(written, columns)], *rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for first, *rest in cells:
-        print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep='  ', file=out)
-    print(file=out)
-
-
-def frontier_options(paper='', gflops='', time='wall'):
-    """Flags -> keyword arguments of frontier; UserError for what is not there.
-
-    paper: lm1b | owt, the published curves beside ours.  gflops: budgets of the tables; empty: those of the curve with the most, the first
-    of such.  time: wall | cpu, the seconds of the figure; cpu is for a machine that was busy with something else.
+    GFLOPs between two measured ones count as measured: values are interpolated linearly.
     """
-    with open(PAPER) as f:
+    found = []
+    for results in runs:
+        points = {r[axis]: r[name] for r in results if r.get(axis) is not None and r.get(name) is not None}
+        if axis == 'gflops' and points and min(points) <= x <= max(points):
+            found.append(float(np.interp(x, list(points), list(points.values()))))
+        elif x in points:
+            found.append(points[x])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the frontier: tables and figure
+
+TABLES = (('gflops', 'gen_ppl'),                                          # LADD tables 2, 5
+          ('gflops', 'entropy_sample'), ('gflops', 'entropy_position'),   # LADD tables 11, 13
+          ('gflops', 'diversity'), ('steps', 'gen_ppl'),
+          ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),    # LADD tables 12, 9
+          ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'assets')
+
+
+def frontier_options(c):
+    """FrontierConfig -> keyword arguments of frontier. UserError for what is not there."""
+    with open(os.path.join(ASSETS, 'paper_ladd.json')) as f:
         papers = json.load(f)
     source = papers.pop('source')
-    if paper and paper not in papers:
-        raise UserError(f'--paper={paper}: the tables that survive are {" and ".join(papers)}')
-    if time not in SECONDS:
-        raise UserError(f'--time is wall or cpu, not {time!r}')
+    if c.paper and c.paper not in papers:
+        raise UserError(f'--paper={c.paper}: the tables that survive are {" and ".join(papers)}')
     try:
-        budgets = [float(g) for g in gflops.split(',')] if gflops else None
+        costs = [float(g) for g in c.gflops.split(',')] if c.gflops else None
     except ValueError as e:
-        raise UserError(f'--gflops wants numbers, as in --gflops=50,100,200; not {gflops!r}') from e
-    return {'paper': {'source': source, **papers[paper]} if paper else None, 'budgets': budgets, 'seconds': SECONDS[time]}
+        raise UserError(f'--gflops wants numbers, as in --gflops=50,100,200; not {c.gflops!r}') from e
+    paper = {'source': source, **papers[c.paper]} if c.paper else None
+    return {'paper': paper, 'costs': costs, 'seconds': SECONDS[c.time]}
 
 
-def frontier(results, path, out, paper=None, budgets=None, seconds='seconds_per_sample'):
-    """Prints what LADD's tables print, one row per curve, and draws Gen PPL and entropies against GFLOPs and seconds."""
-    by_label = curves(results)
-    for i, label in enumerate(by_label):
+def frontier(results, path, out, paper=None, costs=None, seconds='seconds_per_sample'):
+    """Prints what LADD's tables print, and draws Gen PPL and entropies against GFLOPs and seconds.
+
+    Both have a row or line for each curve. costs: GFLOPs in the tables;  seconds: which ones, see SECONDS.
+    """
+    labelled = curves(results)
+    costs_of = {label: sorted({r['gflops'] for run in runs for r in run}) for label, runs in labelled.items()}
+    for i, label in enumerate(labelled):
         print(f'[{i + 1}] {label}', file=out)
     print(file=out)
-    per_curve = [sorted({r['gflops'] for run in runs for r in run}) for runs in by_label.values()]
-    columns = {'gflops': budgets or max(per_curve, key=len), 'steps': sorted({r['steps'] for r in results if r.get('steps')})}
-    for axis, key in TABLES:
-        cells = [[over_runs(runs, axis, x, key) for x in columns[axis]] for runs in by_label.values()]
-        if any(not np.isnan(mean) for row in cells for mean, _ in row):
-            print_table(f'{key} at {axis}', columns[axis], [[f'[{i + 1}]', *(written(*c) for c in row)] for i, row in enumerate(cells)], out)
+    columns = {'gflops': costs or max(costs_of.values(), key=len),
+               'steps': sorted({r['steps'] for r in results if r.get('steps')})}
+    for axis, name in TABLES:
+        rows = [[values_at(runs, axis, x, name) for x in columns[axis]] for runs in labelled.values()]
+        cells = [[f'[{i + 1}]', *(written(*mean_and_deviation(v)) for v in row)] for i, row in enumerate(rows)]
+        if any(v for row in rows for v in row):
+            print_table(f'{name} at {axis}', map(written, columns[axis]), cells, out)
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex='col', sharey='row', height_ratios=(3, 2))
-    for column, (axis, unit) in enumerate([('gflops', 'GFLOPs per sample'), (seconds, seconds.replace('_', ' '))]):
-        top, bottom = axes[:, column]
-        for i, ((label, runs), measured_at) in enumerate(zip(by_label.items(), per_curve)):
-            cost = [over_runs(runs, 'gflops', g, axis)[0] for g in measured_at]
-            for ax, key, style, name in ((top, 'gen_ppl', '.-', label), (bottom, 'entropy_sample', '.-', 'per sample' if i == 0 else None),
-                                         (bottom, 'entropy_position', '.:', 'per position' if i == 0 else None)):
-                y, spread = zip(*(over_runs(runs, 'gflops', g, key) for g in measured_at))
-                ax.errorbar(cost, y, None if len(runs) == 1 else spread, fmt=style, capsize=2, color=f'C{i}', label=name)
-        top.set(ylabel='Gen PPL' if column == 0 else None)
-        bottom.set(xlabel=unit, ylabel='entropy (nats)' if column == 0 else None)
-        for axis in (top.xaxis, top.yaxis, bottom.xaxis):
-            log_scale(axis)
-    if paper:  # in grey, by GFLOPs only: its seconds are another machine's, and its teacher may be another than ours
-        print(f'the paper, tables {paper["tables"]}: {paper["source"]}', *([paper['also']] if paper['also'] else []), sep='\n', file=out)
-        for key in ('gen_ppl', 'entropy'):
-            rows = [[name, *('n/a' if v is None else f'{v:g}' for v in row[key])] for name, row in paper['rows'].items()]
-            print_table(f'{key} at gflops, the paper', paper['gflops'], rows, out)
-            for marker, (name, row) in zip('x+1234*', paper['rows'].items()):
-                axes[int(key == 'entropy'), 0].plot(paper['gflops'], [np.nan if v is None else v for v in row[key]], '--', marker=marker, linewidth=0.7,
-                                                    markersize=5, color='0.6', label=f'the paper: {name}' if key == 'gen_ppl' else None)
+    for i, (label, runs) in enumerate(labelled.items()):
+        def at(name, runs=runs, costs=costs_of[label]):
+            return [values_at(runs, 'gflops', g, name) for g in costs]
+        for (top, bottom), axis in zip(axes.T, ('gflops', seconds)):
+            x, color = [mean_and_deviation(v)[0] for v in at(axis)], f'C{i}'
+            curve(top, x, at('gen_ppl'), fmt='.-', color=color, label=label)
+            curve(bottom, x, at('entropy_sample'), fmt='.-', color=color, label='' if i else 'per sample')
+            curve(bottom, x, at('entropy_position'), fmt='.:', color=color, label='' if i else 'per position')
+    axes[0, 0].set(ylabel='Gen PPL')
+    axes[1, 0].set(ylabel='entropy (nats)', xlabel='GFLOPs per sample')
+    axes[1, 1].set(xlabel=seconds.replace('_', ' '))
+    for ax in axes.flat:
+        log_scale(ax.xaxis)
+    log_scale(axes[0, 0].yaxis)
+    if paper:
+        add_paper(paper, axes[:, 0], out)
     for left, right in axes:  # labels outside, where they cover nothing
-        right.legend(*left.get_legend_handles_labels(), fontsize='x-small', loc='upper left', bbox_to_anchor=(1, 1))
+        right.legend(*left.get_legend_handles_labels(), fontsize='x-small', loc='upper left',
+                     bbox_to_anchor=(1, 1))
     save(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
-# Gen PPL on the way from one text to another
+def add_paper(paper, axes, out):
+    """By GFLOPs only: the paper's seconds are another machine's. Its teacher may be another than ours, too."""
+    print(f'the paper, tables {paper["tables"]}: {paper["source"]}', file=out)
+    print(paper['also'] + '\n' if paper['also'] else '', end='', file=out)
+    for ax, name in zip(axes, ('gen_ppl', 'entropy')):
+        rows = {label: [np.nan if v is None else v for v in row[name]] for label, row in paper['rows'].items()}
+        cells = [[label, *('n/a' if np.isnan(v) else f'{v:g}' for v in row)] for label, row in rows.items()]
+        print_table(f'{name} at gflops, the paper', map(written, paper['gflops']), cells, out)
+        for marker, (label, row) in zip('x+1234*', rows.items()):
+            ax.plot(paper['gflops'], row, '--', marker=marker, lw=0.7, markersize=5, color='0.6',
+                    label=f'the paper: {label}' if name == 'gen_ppl' else '')
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gen PPL on the way from one text to another: LDLM figure 3
 
 def smoothness(folders, path, out):
     figure, ax = plt.subplots(figsize=(5, 3.5))
     for folder in folders:
-        found = [r for r in read(folder, 'eval.jsonl') if r.get('gen_ppl_path')]
+        found = [r for r in read_lines(os.path.join(folder, 'eval.jsonl')) if r.get('gen_ppl_path')]
         if not found:
-            raise UserError(f'{folder} holds no smoothness yet: python eval.py --out_dir={folder} --metrics=smoothness')
+            raise UserError(f'{folder} holds no smoothness yet: '
+                            f'python eval.py --out_dir={folder} --metrics=smoothness')
         ax.plot(found[-1]['points'], found[-1]['gen_ppl_path'], marker='.', label=folder)
         print(f'{folder}: {found[-1]["smoothness"]:.3f}', file=out)
     ax.set(xlabel='weight of the second latent', ylabel='Gen PPL')
@@ -235,23 +287,19 @@ def smoothness(folders, path, out):
     save(figure, path)
 
 
-FIGURES = {'log': log, 'frontier': frontier, 'smoothness': smoothness}
-
-
-defaults = dict(save='', paper='', gflops='', time='wall')
-
-
 def main(argv):
     kind, *names = [a for a in argv if not a.startswith('-')] or ['']
-    if kind not in FIGURES or not names:
-        raise UserError('plot.py log out/NAME ..., plot.py frontier out/NAME ... or plot.py smoothness out/NAME ...')
-    options = configure(defaults if kind == 'frontier' else {'save': ''}, [a for a in argv if a.startswith('-')])
-    path = options.pop('save') or os.path.join(os.path.dirname(names[0]) if names[0].endswith('.jsonl') else names[0], kind + '.png')
+    if kind not in ('log', 'frontier', 'smoothness') or not names:
+        raise UserError('python -m lib.plot log|frontier|smoothness out/NAME ...')
+    flags, Keys = [a for a in argv if a.startswith('-')], FrontierConfig if kind == 'frontier' else Config
+    c = SimpleNamespace(**configure(Keys, flags))
+    path = c.save or beside(names[0], kind)
     if kind == 'frontier':
-        options, names = frontier_options(**options), measured(names)
-    FIGURES[kind](names, path, sys.stdout, **options)
+        frontier(measured(names), path, sys.stdout, **frontier_options(c))
+    else:
+        {'log': log, 'smoothness': smoothness}[kind](names, path, sys.stdout)
     print(path)
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, FrontierConfig)

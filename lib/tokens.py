@@ -51,7 +51,7 @@ class Char(Tokenizer):
         try:
             return [[self.ids[c] for c in text] for text in texts]
         except KeyError as e:
-            raise UserError(f'{e.args[0]!r} is not one of the {len(self.chars)} known characters') from None
+            raise UserError(f'the character {e.args[0]!r} is not one of the {len(self.chars)} known') from None
 
     def decode(self, ids):
         return ''.join('<|endoftext|>' if i == self.eos_id else self.chars[i] for i in map(int, ids))

@@ -9,11 +9,7 @@ torch.set_num_threads(1)  # the tests' tensors are tiny: threads only get in eac
 
 
 def pytest_addoption(parser):
-    parser.addoption('--slow', action='store_true', help='also what takes minutes and many gigabytes: true sizes')
-
-
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow')
+    parser.addoption('--slow', action='store_true', help='also true sizes: minutes and gigabytes')
 
 
 def pytest_collection_modifyitems(config, items):

@@ -126,7 +126,7 @@ def measure(checkout, args, strategies, out_dir, run_dir):
 
 
 def prepare(checkout, folder):
-    """Invents folder/text.txt, always the same, and makes folder/data of it, by way of data/ of the checkout."""
+    """Invents folder/text.txt, always the same; makes folder/data of it, by way of data/ of the checkout."""
     folder.mkdir(parents=True, exist_ok=True)
     r, text, made = random.Random(0), folder / 'text.txt', checkout / 'data' / f'same_numbers_{os.getpid()}'
     words = [''.join(r.choices('abcdefghijklmnopqrstuvwxyz', k=r.randint(2, 9))) for _ in range(500)]

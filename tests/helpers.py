@@ -1,0 +1,183 @@
+"""What several test files use: tiny methods and runs, toy data, laws, full disks."""
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+
+import pytest
+import torch
+
+import train
+from lib import checkpoint
+from lib.configurator import run
+from lib.noise import Noise
+from methods import build
+
+# ------------------------------------------------------------------------------------------------------------
+# laws
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def whole(total, seed=0, step=0):
+    """The noise of a whole batch."""
+    return Noise(seed, step, torch.arange(total), total)
+
+
+def close(values, expected):
+    """The mean of independent values (n,) is what is expected."""
+    values = values.double()
+    return abs(float(values.mean()) - expected) < 4.5 * float(values.std()) / len(values) ** 0.5
+
+
+def chi_square(counts, probs):
+    """How many standard deviations the chi-square of counts lies above its mean under probs.
+
+    By the approximation of Wilson and Hilferty.
+    """
+    counts, probs = counts.double().flatten(), probs.double().flatten()
+    expected = probs / probs.sum() * counts.sum()
+    assert expected.min() > 5, 'too few draws for a chi-square'
+    df = len(counts) - 1
+    ratio = float(((counts - expected) ** 2 / expected).sum()) / df
+    return (ratio ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# methods
+
+def scrambled(model, seed=0):
+    """Leaves the initialisation: AdaLN gates open, the head no longer uniform."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * (0.3 if p.dim() == 1 else p.shape[1] ** -0.5)
+    return model
+
+
+def spy(obj, name):
+    """Replaces a method by itself, keeping each call's arguments and result: a list of (args, result)."""
+    calls, method = [], getattr(obj, name)
+
+    def recording(*args, **kwargs):
+        calls.append((args, method(*args, **kwargs)))
+        return calls[-1][1]
+    setattr(obj, name, recording)
+    return calls
+
+
+L, CHARS = 12, '\n abcdefg'
+TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8,
+            dataset='toy', wrap=False, tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
+TINY_METHODS = {
+    'mdlm': {}, 'ar': {},
+    'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
+    'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4,
+               codebook_size=5),
+    'ldlm': dict(token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1, decoder_layers=1,
+                 adaptive_bins=4)}
+
+
+def make(name, folder=None, **changes):
+    """A tiny method with random weights, and its checkpoint if it is given a folder."""
+    config = {**TINY, 'method': name, **TINY_METHODS[name], **changes}
+    torch.manual_seed(0)
+    method = build(config).eval()
+    for p in method.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.save(os.path.join(folder, 'ckpt.pt'),
+                        {'config': config, 'model': method.state_dict(), 'ema': {}, 'step': 7})
+    return method
+
+
+# ------------------------------------------------------------------------------------------------------------
+# runs of train.py on toy data
+
+class Toy:
+    """16 tokens of 4, each the one before it plus 0 or 1."""
+    vocab_size, block_size, tokenizer, wrap = 4, 16, None, False
+
+    def batch(self, seed, step, rows):
+        flips = Noise(seed, step, rows, 1).uniform('toy', 16) * 2
+        return flips.long().cumsum(dim=1) % 4,
+
+    def rows(self, idx):
+        return self.batch(1234, 0, idx)
+
+    def __len__(self):
+        return 50
+
+
+def open_toy(name, split, block_size):
+    return Toy()
+
+
+TINY_RUN = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--dtype=float32',
+            '--batch_size=8', '--learning_rate=3e-3', '--log_interval=1', '--eval_seqs=20', '--dataset=toy',
+            '--device=cpu']
+
+
+def log(name):
+    with open(f'{name}/log.jsonl') as f:
+        return [json.loads(line) for line in f]
+
+
+def losses(name):
+    return [(r['step'], r['loss'], r['grad_norm']) for r in log(name) if 'loss' in r]
+
+
+def go(name, *args):
+    """train.py on the toy data (monkeypatch train.open_data to open_toy) -> losses."""
+    train.main([*TINY_RUN, f'--out_dir={name}', *args])
+    return losses(name)
+
+
+def weights(name):
+    c = checkpoint.load(f'{name}/ckpt.pt')
+    return {**c['model'], **{'ema.' + k: v for k, v in c['ema'].items()}}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# files and mistakes
+
+@contextlib.contextmanager
+def disk_full(size):
+    """Every file of this process ends at `size` bytes, if need be within a write, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files(folder='.'):
+    """{path: bytes} of all files in a folder."""
+    return {path: open(path, 'rb').read() for path in paths(folder)}
+
+
+def paths(folder):
+    return [os.path.join(d, f) for d, _, fs in os.walk(folder) for f in fs]
+
+
+def fails(script, monkeypatch, capsys, *argv):
+    """The one line that a mistake ends with; exit code 2, nothing on stdout, no file made or changed."""
+    def state():
+        return {path: os.stat(path).st_mtime_ns for path in paths('.')}
+    before = state()
+    monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *argv])
+    with pytest.raises(SystemExit) as e:
+        run(script.main)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1
+    assert state() == before
+    return err
