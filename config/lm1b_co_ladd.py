@@ -1,18 +1,23 @@
-"""
-Co-LADD-32 on LM1B with the paper's settings (LADD section 5.2): 184M parameters without embeddings and heads, Qwen3 vocabulary
-(151,669 + [mask]). The latents are the states of the frozen Qwen3-Embedding, averaged over 31 pieces of the text, and that of its EOS.
+r"""
+Co-LADD-32 on LM1B with the paper's settings (LADD section 5.2): 184M parameters without embeddings and heads,
+Qwen3 vocabulary (151,669 ids and [mask]). The latents are the states of the frozen Qwen3-Embedding, averaged
+over 31 pieces of the text, and the state of its EOS.
 
     python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
-    torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py                                                   Co-LADD-32
-    torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py --num_latents=128 --out_dir=out/lm1b_co_ladd_128  Co-LADD-128
+    torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py
+    torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py --num_latents=128 \
+        --out_dir=out/lm1b_co_ladd_128
 
-One latent for each token, as in Co-LADD-128, is the setting of CCDD. The encoder reads every batch anew, because encoder_dropout hides from
-it some of what the mask hides; without it the latents can be stored, once:
+The second line is Co-LADD-128: one latent per token, the setting of CCDD. The encoder reads every batch,
+because encoder_dropout hides from it a part of what the mask hides. Without that the latents can be stored
+once:
 
     python data/encode.py config/lm1b_co_ladd.py
-    torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py --stored_latents=True --encoder_dropout=False
+    torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py --stored_latents=True \
+        --encoder_dropout=False
 
-The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. The number of steps is derived, see lm1b_mdlm.py.
+The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. The number of steps is
+derived, see lm1b_mdlm.py.
 """
 dataset = 'lm1b'
 method = 'ladd'

@@ -1,19 +1,21 @@
 """
-Di-LADD-32 on LM1B with the paper's settings (LADD section 5.2): as lm1b_co_ladd.py, but the pooled states are quantised.
+Di-LADD-32 on LM1B with the paper's settings (LADD section 5.2): as lm1b_co_ladd.py, but the pooled states are
+quantised.
 
     python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_di_ladd.py
 
 Di-LADD-128:  --num_latents=128 --codebook_size=511 --latent_dim=32 --out_dir=out/lm1b_di_ladd_128
 
-What the encoder says of a text never changes. Stored once, it need not be asked again (training is then a matter of the MM-DiT alone):
+The encoder's output for a text never changes. Stored once, it is not computed again, and only the MM-DiT is
+left to run:
 
     python data/encode.py config/lm1b_di_ladd.py
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_di_ladd.py --stored_latents=True
 
-The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. The number of steps is derived, see lm1b_mdlm.py,
-and that of stage 1 is OpenWebText's: our choice. ("We only consider Stage 2 training", says the paper of LM1B; but a codebook has to
-come from somewhere.)
+The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. The number of steps is
+derived, see lm1b_mdlm.py. The length of stage 1 is OpenWebText's: our choice. ("We only consider Stage 2
+training", says the paper of LM1B; but a codebook has to come from somewhere.)
 """
 dataset = 'lm1b'
 method = 'ladd'

@@ -1,12 +1,12 @@
 """
-LDLM on LM1B with the paper's settings (section 8, appendix C): latent encoder and decoder of 50M parameters each, a denoiser of 131M, a
-token decoder of 67M with its head; GPT-2 small as frozen token encoder.
+LDLM on LM1B with the paper's settings (section 8, appendix C): latent encoder and decoder of 50M parameters
+each, a denoiser of 131M, a token decoder of 67M with its head; GPT-2 small is the frozen token encoder.
 
     python data/lm1b/prepare.py --tokenizer=gpt2
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_ldlm.py
 
-The paper's text lost rate, betas, eps, weight decay, clipping and the average of the weights: they are those of the authors' earlier code
-[family]. It also lost which of its two warmups is LM1B's: 10k is our choice.
+The paper's text lost rate, betas, eps, weight decay, clipping and the average of the weights; these are from
+the authors' earlier code [family]. It also lost which of its two warmups is LM1B's: 10k is our choice.
 """
 dataset = 'lm1b'
 method = 'ldlm'

@@ -1,17 +1,18 @@
 """
-The flagship, Co-LADD-64 on OpenWebText with the paper's settings (LADD section 5.3): 184M parameters without embeddings and heads, Qwen3
-vocabulary (151,669 + [mask]), sequences of 512. The latents are the states of the frozen Qwen3-Embedding, averaged over 63 pieces of the
-text, and that of its EOS.
+The flagship, Co-LADD-64 on OpenWebText with the paper's settings (LADD section 5.3): 184M parameters without
+embeddings and heads, Qwen3 vocabulary (151,669 ids and [mask]), sequences of 512. The latents are the states
+of the frozen Qwen3-Embedding, averaged over 63 pieces of the text, and the state of its EOS.
 
     python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
-    torchrun --standalone --nproc_per_node=8 train.py config/owt.py                                         Co-LADD-64
-    torchrun --standalone --nproc_per_node=8 train.py config/owt.py --num_latents=16 --out_dir=out/owt_16   Co-LADD-16
+    torchrun --standalone --nproc_per_node=8 train.py config/owt.py
+    torchrun --standalone --nproc_per_node=8 train.py config/owt.py --num_latents=16 --out_dir=out/owt_16
     python sample.py --out_dir=out/owt --steps=32
 
-The encoder reads every batch anew, because encoder_dropout hides from it some of what the mask hides; without it the latents can be
-stored once, see lm1b_co_ladd.py. (--num_latents=512, one for each token, would be the setting of CCDD.)
-The official code trains with times shifted towards clean texts; we do not. The learning rate stays constant, as in the paper;
---decay_lr=cosine (or linear) ends lower. 500k steps are the default of the official scripts.
+The third line is Co-LADD-16; --num_latents=512, one latent per token, would be the setting of CCDD. The
+encoder reads every batch, because encoder_dropout hides from it a part of what the mask hides; without that
+the latents can be stored once, see lm1b_co_ladd.py. The official code trains with times shifted towards
+clean texts; we do not. The learning rate stays constant, as in the paper; --decay_lr=cosine (or linear) ends
+lower. 500k steps are the default of the official scripts.
 """
 dataset = 'openwebtext'
 method = 'ladd'

@@ -1,15 +1,19 @@
 """
-Di-LADD-64 on OpenWebText with the paper's settings (LADD section 5.3): as owt.py, but the pooled states are quantised.
+Di-LADD-64 on OpenWebText with the paper's settings (LADD section 5.3): as owt.py, but the pooled states are
+quantised.
 
     python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
     torchrun --standalone --nproc_per_node=8 train.py config/owt_di_ladd.py
     python sample.py --out_dir=out/owt_di_ladd --steps=32 [--strategy=seq --latent_steps=8]
 
 Di-LADD-16:  --num_latents=16 --dead_below=0.5 --out_dir=out/owt_di_ladd_16
-(512 texts of 16 latents choose each of 8,191 codes once on average: with the threshold of 2 most would be called dead at every step.)
-What the encoder says of a text never changes. Stored once (288 GB), it need not be asked again, see lm1b_di_ladd.py.
-The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. 500k steps and 50k for the quantizer are the
-defaults of the official scripts; that the 500k include the 50k is our choice.
+(512 texts of 16 latents choose each of the 8,191 codes once on average: with the threshold of 2 most codes
+would be called dead at every step.)
+
+The encoder's output for a text never changes. Stored once (288 GB), it is not computed again, see
+lm1b_di_ladd.py. The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. 500k
+steps, and 50k for the quantizer, are the defaults of the official scripts; that the 500k include the 50k is
+our choice.
 """
 dataset = 'openwebtext'
 method = 'ladd'

@@ -1,25 +1,28 @@
 """
-LDLM on OpenWebText with the paper's settings (section 8, appendix C), sequences of 1024; as lm1b_ldlm.py but for a longer warmup.
+LDLM on OpenWebText with the paper's settings (section 8, appendix C), sequences of 1024; as lm1b_ldlm.py but
+for a longer warmup.
 
     python data/openwebtext/prepare.py --tokenizer=gpt2
     torchrun --standalone --nproc_per_node=8 train.py config/owt_ldlm.py
 
-OWT-128, where the paper ablates:  --block_size=128 --encoder_warmup=10000 --max_iters=500000  and one of these lines, with an
-out_dir of its own (out/owt128_ldlm is the full recipe):
+OWT-128, where the paper ablates:  --block_size=128 --encoder_warmup=10000 --max_iters=500000  and one of
+these lines, with an out_dir of its own (out/owt128_ldlm is the full recipe):
     table 1  --reconstruction=ce                                    or both
              --reconstruction=ce --layer=0                          frozen GPT-2 embeddings
              --reconstruction=ce --token_encoder=scratch            trained ones
              --adaptive_t=False --encoder_warmup=0                  or 5000, 10000, 25000, 50000, 100000
              --adaptive_t=False
              --sigma_dec=0                                          or other levels
-    table 2  --latent_encoder=none --decoder_layers=9 --sigma_dec=.5 --token_encoder=scratch --reconstruction=ce
-             --latent_encoder=none --decoder_layers=9 --sigma_dec=.5 --layer=0      the noise of these lines is ours
-             --latent_encoder=none --decoder_layers=9 --sigma_dec=.5                TEncDM-like
-             --stage=autoencoder --mask_states=.3 --sigma_dec=1     COSMOS-like, and then, from that run:
-             --stage=diffusion --init_from=out/THAT --sigma_dec=1
+    table 2, with --latent_encoder=none --decoder_layers=9 --sigma_dec=.5 (this noise is our choice) and
+             --token_encoder=scratch --reconstruction=ce            trained embeddings
+             --layer=0                                              frozen embeddings
+             nothing more                                           TEncDM-like
+    table 2  --stage=autoencoder --mask_states=.3 --sigma_dec=1     COSMOS-like, and then, from that run:
+             --stage=diffusion --init_from=out/THAT
     table 4  --layer=-1                                             or another
-    table 5  --stage=decoder --decode_from=latents --decoder_layers=1 --init_from=out/owt128_ldlm --max_iters=200000        or 2, 3, 6;
-             the paper's start anew, ours from the weights that fit
+    table 5  --stage=decoder --decode_from=latents --decoder_layers=1 --max_iters=200000
+             --init_from=out/owt128_ldlm                            or 2, 3, 6 layers; the paper's start anew,
+                                                                    ours from the weights that fit
     table 6  --token_encoder=bert-base-uncased --dataset=NAME       with data prepared by that tokenizer
     table 7  --latent_encoder=attention
 """
@@ -39,7 +42,7 @@ num_heads = 12
 cond_dim = 768
 
 reconstruction = 'mse'
-encoder_warmup = 50000  # longer than on LM1B [paper]; 50k is one of its two lengths [second-hand], which one is our choice
+encoder_warmup = 50000  # longer than on LM1B [paper]; 50k is one of its two [second-hand], which is [choice]
 adaptive_t = True
 sigma_dec = 3.0
 

@@ -1,11 +1,14 @@
 """
-Co-LADD on sawtooth, the main job: one continuous latent per text, joint and sequential sampling from one checkpoint.
-Tuned for two CPU cores (eight minutes).
+Co-LADD on sawtooth, the main job: one continuous latent per text, joint and sequential sampling from one
+checkpoint. Tuned for two CPU cores (eight minutes).
 
-Departs from the official settings (sawtooth_co_ladd_paper.py), besides what sawtooth_di_ladd.py says of width, rate and stage 1:
-- one model for both strategies: independent times instead of t_z = t_x, so that the token denoiser meets clean latents too, and a
-  small latent denoiser of its own beside the joint one (the paper trains a second model for sequential sampling)
-- the latent has length 1: free to grow, it carries more of the text's own coin flips and is harder to generate
+How it departs from the official settings (sawtooth_co_ladd_paper.py), besides the width, rate and stage 1
+that sawtooth_di_ladd.py explains:
+- one model for both strategies: times are independent instead of t_z = t_x, so that the token denoiser meets
+  clean latents, too, and a small latent denoiser of its own stands beside the joint one (the paper trains a
+  second model for sequential sampling)
+- the latent has length 1: free to grow, it carries more of the text's own coin flips and is harder to
+  generate
 """
 dataset = 'sawtooth'
 method = 'ladd'
@@ -15,12 +18,9 @@ hidden = 64
 num_layers = 4
 num_heads = 4
 cond_dim = 32
-encoder_layers = 2
 num_latents = 1
 latent_dim = 32
-unit_norm = True
 latent_layers = 3        # the latent denoiser of sequential sampling
-latent_schedule = 'vp_sqrt'
 times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
@@ -36,5 +36,4 @@ warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 2048

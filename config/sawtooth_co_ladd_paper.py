@@ -1,6 +1,7 @@
 """
-Co-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the stages are not known: our
-choice). A batch of 2,048 wants a GPU, or patience. Joint: as it is. Sequential: --latent_layers=3 --times=independent.
+Co-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the
+stages are not known: our choice). A batch of 2,048 wants a GPU, or patience. Joint: as it is. Sequential:
+--latent_layers=3 --times=independent.
 """
 dataset = 'sawtooth'
 method = 'ladd'

@@ -1,14 +1,17 @@
 """
-Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU cores (seven minutes).
+Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU
+cores (seven minutes).
 
-Departs from the official settings (sawtooth_di_ladd_paper.py):
+How it departs from the official settings (sawtooth_di_ladd_paper.py):
 - a narrow network, small batches, a high rate that falls to zero, as in sawtooth_mdlm.py
-- stage 1 shows the token denoiser almost fully masked texts (t_x > .8) and the clean latent. With t_x from all of [0, 1] the visible
-  tokens give the shift away, and the encoder is never needed: it learns almost nothing
-- for the first 450 steps the latent passes unquantised; then k-means on the warm encoder places the codes. Started cold, they would
-  quantise noise, and the straight-through gradient would have to move everything at once
-- 63 codes: the shift is known from 128 coins to about a fifteenth of a period, and a batch of 32 texts touches 32 codes
-- a quarter of the texts in stage 2 is fully masked (p_start): this is where sequential sampling asks for the first code
+- stage 1 shows the token denoiser texts that are almost fully masked (t_x > .8), and the clean latent. With
+  t_x from all of [0, 1] the visible tokens give the shift away, and the encoder learns almost nothing
+- for the first 450 steps the latent passes unquantised; then k-means on the warm encoder places the codes.
+  Codes that started cold would quantise noise, and the straight-through gradient would have to move
+  everything at once
+- 63 codes: 128 coins tell the shift to about a fifteenth of a period, and a batch touches 32 codes
+- a quarter of the texts in stage 2 is fully masked (p_start): there sequential sampling asks for the first
+  code
 """
 dataset = 'sawtooth'
 method = 'ladd'
@@ -18,7 +21,6 @@ hidden = 64
 num_layers = 4
 num_heads = 4
 cond_dim = 32
-encoder_layers = 2
 num_latents = 1
 latent_dim = 32
 codebook_size = 63
@@ -33,7 +35,7 @@ stage1_t_min = 0.8
 stage1_clean = True
 vq_start = 450
 p_start = 0.25
-lambda_z = 0.1           # one code loss is of the size of all 128 token losses together: do not let it drown them
+lambda_z = 0.1           # one code loss is as large as all 128 token losses together
 
 batch_size = 32
 max_iters = 4000
@@ -42,5 +44,4 @@ warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 2048

@@ -1,6 +1,6 @@
 """
-Di-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the stages are not known: our
-choice). A batch of 2,048 wants a GPU, or patience.
+Di-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the
+stages are not known: our choice). A batch of 2,048 wants a GPU, or patience.
 """
 dataset = 'sawtooth'
 method = 'ladd'

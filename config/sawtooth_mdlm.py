@@ -1,9 +1,10 @@
 """
 MDLM on sawtooth, tuned for two CPU cores (four minutes).
 
-Departs from the official settings (sawtooth_mdlm_paper.py) so that it learns within minutes: a narrow network, because attention over
-128 positions with many heads is what a CPU does worst; many small steps instead of few large ones; a rate ten times higher that falls
-to zero. Two layers reach the same likelihood, but only depth brings sampling in few steps near the exact denoiser's: see RESULTS.md.
+How it departs from the official settings (sawtooth_mdlm_paper.py) to learn within minutes: a narrow network,
+because a CPU is worst at attention over 128 positions with many heads; many small steps instead of few large
+ones; a rate ten times higher that falls to zero. Two layers reach the same likelihood, but only depth brings
+sampling in few steps near the exact denoiser's: see RESULTS.md.
 """
 dataset = 'sawtooth'
 method = 'mdlm'
@@ -21,5 +22,4 @@ warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 2048

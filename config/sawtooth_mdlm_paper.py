@@ -1,6 +1,7 @@
 """
-MDLM on sawtooth with the official settings (LADD appendix E.1 and the released code; the number of steps is not known: our choice).
-A batch of 2,048 wants a GPU, or patience: about an hour for 1,000 steps on two CPU cores.
+MDLM on sawtooth with the official settings (LADD appendix E.1 and the released code; the number of steps is
+not known: our choice). A batch of 2,048 wants a GPU, or patience: about an hour for 1,000 steps on two CPU
+cores.
 """
 dataset = 'sawtooth'
 method = 'mdlm'

@@ -1,5 +1,6 @@
 """
-The left-to-right model on Tiny Shakespeare by characters: as many parameters and tokens as shakespeare_char_mdlm.py.
+The left-to-right model on Tiny Shakespeare by characters: as many parameters and tokens as
+shakespeare_char_mdlm.py.
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char_ar.py
@@ -22,6 +23,5 @@ decay_lr = 'linear'
 beta2 = 0.99
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 871  # the whole validation text
 compile = True  # a third off each step; without a C++ compiler: --compile=False

@@ -1,14 +1,16 @@
 """
-Co-LADD on Tiny Shakespeare by characters: minutes on a CPU. The parameters, tokens and optimizer of shakespeare_char_mdlm.py; the frozen
-encoder is the left-to-right model of shakespeare_char_ar.py, so nothing has to be downloaded.
+Co-LADD on Tiny Shakespeare by characters: minutes on a CPU. Parameters, tokens and optimizer are those of
+shakespeare_char_mdlm.py; the frozen encoder is the left-to-right model of shakespeare_char_ar.py, so nothing
+has to be downloaded.
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char_ar.py
     python train.py config/shakespeare_char_co_ladd.py
     python sample.py --out_dir=out/shakespeare_char_co_ladd --steps=16
 
-Its states were never meant to be read by their first 32 coordinates, as those of Qwen3-Embedding are: what LADD can do with so humble an
-encoder is the question here. One latent for each character (--num_latents=128) would be the setting of CCDD.
+Its states were never meant to be read by their first 32 coordinates, as those of Qwen3-Embedding are; the
+question here is what LADD can do with so humble an encoder. One latent per character (--num_latents=128)
+would be the setting of CCDD.
 """
 dataset = 'shakespeare_char'
 method = 'ladd'
@@ -24,8 +26,6 @@ latent = 'continuous'
 encoder = 'out/shakespeare_char_ar'
 num_latents = 16  # the means over 15 pieces of 8 or 9 characters, and the state that has read all
 latent_dim = 32
-latent_schedule = 'vp_sqrt'
-times = 'same'
 p_drop = 0.15
 encoder_dropout = True
 
@@ -37,6 +37,5 @@ decay_lr = 'linear'
 beta2 = 0.99  # small batches of little text
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 871  # the whole validation text
 compile = True  # a third off each step; without a C++ compiler: --compile=False

@@ -1,5 +1,6 @@
 """
-Di-LADD on Tiny Shakespeare by characters: minutes on a CPU. As shakespeare_char_co_ladd.py, but the pooled states are quantised.
+Di-LADD on Tiny Shakespeare by characters: minutes on a CPU. As shakespeare_char_co_ladd.py, but the pooled
+states are quantised.
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char_ar.py
@@ -35,6 +36,5 @@ decay_lr = 'linear'
 beta2 = 0.99  # small batches of little text
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 871  # the whole validation text
 compile = True  # a third off each step; without a C++ compiler: --compile=False

@@ -5,8 +5,8 @@ MDLM on Tiny Shakespeare by characters: nine minutes on two CPU cores.
     python train.py config/shakespeare_char_mdlm.py
     python sample.py --out_dir=out/shakespeare_char_mdlm --steps=128
 
-shakespeare_char_ar.py is the same network, causal, on the same tokens. Bfloat16 products are three times faster than float32 ones on a
-recent CPU; on one without them say --dtype=float32.
+shakespeare_char_ar.py is the same network, causal, on the same tokens. On a recent CPU bfloat16 products are
+three times faster than float32 ones; on a CPU without them use --dtype=float32.
 """
 dataset = 'shakespeare_char'
 method = 'mdlm'
@@ -26,6 +26,5 @@ decay_lr = 'linear'
 beta2 = 0.99  # small batches of little text
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
 eval_seqs = 871  # the whole validation text
 compile = True  # a third off each step; without a C++ compiler: --compile=False

@@ -21,4 +21,3 @@ warmup_iters = 500
 decay_lr = 'cosine'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000

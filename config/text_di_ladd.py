@@ -1,12 +1,14 @@
 """
-Di-LADD on a text of your own: the parameters of text_mdlm.py on two modalities, codes from a small frozen sentence encoder.
+Di-LADD on a text of your own: the parameters of text_mdlm.py on two modalities, codes from a small frozen
+sentence encoder.
 
     python data/text/prepare.py --input FILE... --tokenizer=sentence-transformers/all-MiniLM-L6-v2 --name=text
     python train.py config/text_di_ladd.py [--dataset=NAME]
     python sample.py --out_dir=out/text_di_ladd [--strategy=seq]
 
-Other encoders, and what to do without a network: see text_co_ladd.py. (A learned encoder: --encoder= --stage1_iters=5000 --vq_start=3000.)
-The encoder says the same of a text every time, so it may be asked just once (training chunks then begin at multiples of block_size):
+Other encoders, and what to do without a network: see text_co_ladd.py. (A learned encoder: --encoder=
+--stage1_iters=5000 --vq_start=3000.) The encoder's output for a text never changes, so it can be stored once;
+training chunks then begin at multiples of block_size:
 
     python data/encode.py config/text_di_ladd.py
     python train.py config/text_di_ladd.py --stored_latents=True
@@ -40,4 +42,3 @@ warmup_iters = 500
 decay_lr = 'cosine'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000

@@ -1,11 +1,12 @@
 """
-LDLM on a text of your own: a denoiser of the size of text_mdlm.py, on top of a small pretrained encoder (BERT family, width 384).
+LDLM on a text of your own: a denoiser of the size of text_mdlm.py on top of a small pretrained encoder (BERT
+family, width 384).
 
     python data/text/prepare.py --input FILE... --tokenizer=sentence-transformers/all-MiniLM-L6-v2 --name=text
     python train.py config/text_ldlm.py [--dataset=NAME]
 
-Without a network name the folder of a model, for both: --tokenizer=FOLDER and --token_encoder=FOLDER. Prepare the data with the encoder's
-tokenizer, and set latent_dim to the encoder's width; with GPT-2:
+Without a network give the folder of a model to both: --tokenizer=FOLDER and --token_encoder=FOLDER. The data
+must have the encoder's tokenizer, and latent_dim is the encoder's width; with GPT-2:
 
     python data/text/prepare.py --input FILE... --tokenizer=gpt2 --name=text
     python train.py config/text_ldlm.py --token_encoder=gpt2 --latent_dim=768
@@ -17,7 +18,6 @@ method = 'ldlm'
 block_size = 256
 
 token_encoder = 'sentence-transformers/all-MiniLM-L6-v2'
-layer = -3
 latent_dim = 384
 latent_layers = 3
 decoder_layers = 1
@@ -39,4 +39,3 @@ decay_lr = 'cosine'
 beta2 = 0.98
 weight_decay = 0.01
 ema = 0.999
-eval_interval = 1000

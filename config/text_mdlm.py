@@ -4,7 +4,8 @@ MDLM on a text of your own: a small network for a laptop or one GPU.
     python data/text/prepare.py --input FILE... --tokenizer=gpt2 --name=text
     python train.py config/text_mdlm.py [--dataset=NAME]
 
-With 50,000 words most of the work is in the vocabulary head; a small text by characters (--tokenizer=char) trains much faster.
+With 50,000 words most of the work is in the vocabulary head; a small text trains much faster by characters
+(--tokenizer=char).
 """
 dataset = 'text'  # the --name given to prepare.py
 method = 'mdlm'
@@ -24,4 +25,3 @@ warmup_iters = 500
 decay_lr = 'cosine'
 weight_decay = 0.03
 ema = 0.999
-eval_interval = 1000
