@@ -1,19 +1,19 @@
 """
 Speed and memory of a config on this machine, and what the economical vocabulary head is worth.
 
-    python bench.py config/NAME.py [--key=value ...]                     keys: those of train.py and those below
-    python bench.py config/owt_mdlm.py --vocab_size=151669               random tokens: no data set needed
-    python bench.py config/owt_di_ladd.py --vocab_size=151669 --stored_latents=True --stage1_iters=0     stage 2
+    python bench.py config/NAME.py [--key=value ...]                   the keys of train.py, and those below
+    python bench.py config/owt_mdlm.py --vocab_size=151669             random tokens: no data set needed
+    python bench.py config/owt_di_ladd.py --vocab_size=151669 --stored_latents=True --stage1_iters=0   stage 2
 
 A training step is train.py's own, on random tokens and random stored latents; a frozen encoder runs as in
 training. Everything is measured several times, each time in its own process: compiled (if the config says
 so), eager, and with the full head. That is the straightforward way: training forms the logits of all
-positions, (B, L, V), and MDLM's sampler draws a token for each of them by fp64 Gumbel noise over V + 1 outcomes.
+positions, (B, L, V), and MDLM's sampler draws a token at each of them by fp64 Gumbel noise over V + 1 words.
 
 Training FLOPs per sequence = 6 * (layers * (12 L d^2 + 2 L^2 d) + rows * d * V): two per multiply-add, and
 backward costs twice forward; rows = L / 2, the positions that MDLM and LADD mask on average (AR, LDLM: L).
 LDLM adds its autoencoder and the forward pass of self-conditioning. This is the useful work, the same number
-for all variants; embeddings, AdaLN and other encoders are left out. MFU divides it by the peak that is printed.
+for all variants; embeddings, AdaLN and other encoders are left out. MFU is its share of the printed peak.
 """
 import json
 import statistics
@@ -36,11 +36,11 @@ from methods import METHODS, attach_encoder, build
 
 @dataclass
 class Config(train.Config):
-    vocab_size: int = key(0, at_least=0)  # 0: that of the data set; otherwise random tokens need none
+    vocab_size: int = key(0, at_least=0)   # 0: that of the data set; otherwise no data set is opened
     iters: int = key(5, at_least=1)        # training steps that are timed; the median counts
     steps: int = key(64, at_least=1)       # of the sampler
     num_samples: int = key(2, at_least=0)  # sequences sampled at once; 0: no sampling
-    # what a process of its own measures; '': starts these processes and prints their results
+    # compiled | eager | full: what to measure in this process; '': one process for each, and a table of them
     variant: str = key('', choices=('', 'compiled', 'eager', 'full'))
 
 
@@ -60,14 +60,14 @@ class FullCrossEntropy:
 
 
 def all_rows(mask, stratified=True):
-    """In place of mdlm.masked_rows: all positions of mask (b, L), with weight 0 where nothing is masked."""
+    """In place of mdlm.masked_rows: all positions of mask (b, L), those that are not masked with weight 0."""
     return slice(None), mask.flatten(), mask.new_zeros((), dtype=torch.int64)
 
 
 def use_full_head():
-    """Changes the loss of every method in this process to the straightforward one, for good.
+    """From here on, every method in this process has the straightforward loss.
 
-    All of them call model.head_cross_entropy, which calls HeadCrossEntropy; MDLM and LADD choose rows first.
+    They all call model.head_cross_entropy, which calls HeadCrossEntropy; MDLM and LADD first choose rows.
     """
     model.HeadCrossEntropy, mdlm.masked_rows = FullCrossEntropy, all_rows
 
@@ -182,7 +182,7 @@ def measure(c, config, device):
 
 
 def in_its_own_process(argv, variant):
-    """measure() where nothing has been allocated before -> its dict; {} if it failed, out of memory perhaps."""
+    """measure() where nothing has been allocated before -> its dict; {} if it fails, maybe for lack of memory."""
     command = [sys.executable, __file__, *argv, f'--variant={variant}']
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return {} if done.returncode else json.loads(done.stdout)
@@ -210,7 +210,7 @@ def cell(value):
 
 
 def print_table(results, rows):
-    """A column for each variant of results {variant: dict}, a line for each (label, key, scale) that one has."""
+    """A column for each variant of results {variant: dict}, a line for each row (label, key, scale)."""
     names = ('full head' if variant == 'full' else variant for variant in results)
     print(f'{"":44}' + ''.join(f'{name:>12}' for name in names) + f'{"ratio":>10}')
     for label, name, scale in rows:

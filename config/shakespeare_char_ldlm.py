@@ -11,7 +11,7 @@ The recipe, one part at a time (each wants an out_dir of its own):
     reconstruction (table 1)      --reconstruction=ce        or both: the token loss shapes the latents, too
     warmup (without adaptive t)   --adaptive_t=False --encoder_warmup=0
     times                         --adaptive_t=False
-    decoder-input noise           --sigma_dec=0              or .5, 1, 5, ...; less is better here (RESULTS.md)
+    decoder-input noise           --sigma_dec=0              or .5, 1, 5; less is better here (RESULTS.md)
 Spaces compared (table 2), by the same denoiser and token decoder, with --latent_encoder=none
 --decoder_layers=3 --sigma_dec=.5 (a latent of unit variance does not survive 3 [choice]) and
     trained embeddings            --token_encoder=scratch --reconstruction=ce

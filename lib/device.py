@@ -1,5 +1,5 @@
 """
-Devices: by name, their names, and compiling for them.
+Devices: finding one by name, what to call it in print, and compiling for it.
 """
 import os
 import shutil
@@ -15,20 +15,23 @@ def pick_device(name):
     there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if not there.get(name):
         found = ', '.join(k for k, v in there.items() if v)
-        raise UserError(f'device={name!r} is not there; this machine has: {found}')
+        raise UserError(f'there is no device {name!r} on this machine; it has: {found}')
     if name == 'cuda':
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     return torch.device(name)
 
 
 def device_name(device):
-    return torch.cuda.get_device_name() if device.type == 'cuda' else f'{device.type} ({torch.get_num_threads()} threads)'
+    """'NVIDIA H100 80GB HBM3', or 'cpu (8 threads)'."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name()
+    return f'{device.type} ({torch.get_num_threads()} threads)'
 
 
 def compile_in_place(modules, device):
-    """torch.compile; names in the state dict stay as they are.
+    """torch.compile without a wrapper module, so that names in the state dict stay as they are.
 
-    UserError where a CPU's compiler is missing.
+    UserError if the device is a CPU and no C++ compiler is installed.
     """
     compilers = os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'
     if device.type == 'cpu' and not any(map(shutil.which, compilers)):

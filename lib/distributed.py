@@ -1,5 +1,7 @@
 """
-Several processes as one: who we are, how we meet, and what we add up.
+Several processes that train as one: which of them this is, how they connect, and what they exchange.
+
+Without torchrun there is one process, and all of these functions work there, too.
 """
 import os
 import time
@@ -10,22 +12,22 @@ import torch.distributed as dist
 
 
 def rank_and_world():
-    """The number of this process and how many there are, as torchrun says it."""
+    """-> the number of this process, and how many there are: torchrun sets both."""
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
 
 def connect(device):
-    """Joins the processes that torchrun started.
+    """Joins the processes that torchrun started into one group.
 
-    torchrun keeps one key-value store over its restarts, where a process may find the address of one that
-    died (pytorch issue 135712) and wait for it. So each attempt gets a prefix of its own: rank 0 draws it and
-    tells the others under names that no earlier attempt knew.
+    torchrun keeps one key-value store over all its restarts. There a process may find the address of one that
+    has died, and wait for it (pytorch issue 135712). So each attempt gets a prefix of its own: rank 0 draws
+    it, and tells each of the others under a name that this one has just drawn.
     """
     store, rank, world = next(dist.rendezvous('env://'))
     prefix = name = uuid.uuid4().hex
     if rank > 0:
         store.set(f'name of {rank}', name)
-        prefix = store.get(f'prefix for {name}').decode()  # waits for it
+        prefix = store.get(f'prefix for {name}').decode()  # waits until rank 0 has set it
         store.add(f'{prefix} arrived', 1)
     while rank == 0 and store.add(f'{prefix} arrived', 0) < world - 1:
         for key in (f'name of {r}' for r in range(1, world)):
@@ -37,10 +39,10 @@ def connect(device):
 
 
 def average_gradients(params, loss):
-    """Mean over the processes of the gradients, in place, and of the loss, which is returned: one all_reduce.
+    """Averages the gradients over the processes, in place, and the loss, which is returned: one all_reduce.
 
-    Not DistributedDataParallel, which must be told which weights take part. Here a weight without a gradient
-    (of the frozen stage, say) has none on any process, stays out, and AdamW leaves it untouched. The price is
+    DistributedDataParallel would have to be told which weights take part. Here a weight without a gradient
+    (in a frozen part, say) has none on any process: it is left out, and AdamW does not touch it. The price is
     that communication does not overlap with the backward pass.
     """
     if not dist.is_initialized():
@@ -55,14 +57,14 @@ def average_gradients(params, loss):
 
 
 def summed(tensor):
-    """The sum over the processes, in place."""
+    """The sum of a tensor over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def largest(number):
-    """The largest of the processes' integers."""
+    """The largest of the integers that the processes hold."""
     if not dist.is_initialized():
         return number
     tensor = torch.tensor(number)
@@ -71,7 +73,7 @@ def largest(number):
 
 
 def gathered(rows):
-    """The rows of all W processes, side by side: (b, ...) -> (b, W, ...)."""
+    """The rows of all W processes, side by side: (b, ...) -> (b, W, ...), the same on every process."""
     if not dist.is_initialized():
         return rows[:, None]
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]

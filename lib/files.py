@@ -1,5 +1,5 @@
 """
-Files that are written whole or not at all, and lines of JSON.
+Files that are written whole or not at all, and files of JSON lines.
 """
 import contextlib
 import errno
@@ -12,18 +12,18 @@ from lib.configurator import UserError
 
 @contextlib.contextmanager
 def whole(*paths):
-    """Gives a temporary name for each path; what is written there takes its place when the block ends well.
+    """A context with a temporary name for each path: what is written there replaces the paths when it ends.
 
-    Otherwise nothing is left of it and the old files stay. Of several paths the last one marks the set: it is
-    removed before the others are replaced and comes back last, so there may be no set, but never half of one.
-    UserError if something cannot be written.
+    If it raises, the temporary files are removed and the old files stay. Of several paths the last one marks
+    a complete set: it is removed before the others are replaced and comes back last, so that it never stands
+    beside a mixture of old and new files. UserError if something cannot be written.
     """
     temps = [path + '.tmp' for path in paths]
     folder = os.path.dirname(paths[-1]) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
         for temp in temps:
-            open(temp, 'wb').close()  # fails now, rather than after the work
+            open(temp, 'wb').close()  # if it cannot be written, fail now rather than after the work
         yield temps if len(temps) > 1 else temps[0]
         for temp in temps:
             with open(temp, 'rb+') as f:
@@ -37,12 +37,12 @@ def whole(*paths):
         raise UserError(f'cannot write {paths[-1]} ({e.strerror or e})') from e
     finally:
         for temp in temps:
-            with contextlib.suppress(OSError):  # renamed, or never written
+            with contextlib.suppress(OSError):  # it has been renamed, or was never written
                 os.remove(temp)
 
 
 def sync_folder(folder):
-    """Makes the new names survive a power cut, too."""
+    """Makes sure that new names in a folder survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -51,18 +51,21 @@ def sync_folder(folder):
 
 
 def json_line(record):
-    """A dict as one line of JSON; JSON has no NaN, so what is not finite becomes null."""
+    """A dict as one line of JSON. Numbers that are not finite become null, since JSON has no NaN."""
     def plain(value):
         return None if isinstance(value, float) and not math.isfinite(value) else value
     return json.dumps({k: plain(v) for k, v in record.items()}) + '\n'
 
 
 def append(path, *records):
-    """Adds records to a .jsonl file, whole or not at all; without records it only tries. Raises UserError."""
+    """Adds records to a .jsonl file, all or none; without records, only tests whether that is possible.
+
+    UserError if it is not.
+    """
     lines = ''.join(map(json_line, records)).encode()
     try:
         with open(path, 'ab', buffering=0) as f:
-            written = f.write(lines)  # in one piece: a reader never sees half a line
+            written = f.write(lines)  # in one call, so that a reader never sees half a line
             if written < len(lines):
                 f.truncate(f.tell() - written)
                 raise OSError(errno.ENOSPC, 'the disk is full')
@@ -71,7 +74,7 @@ def append(path, *records):
 
 
 def read_lines(path):
-    """The JSON objects of a .jsonl file, in order; [] if there is none. A torn last line is left out."""
+    """-> the JSON objects in a .jsonl file, [] if there is no file. A torn last line is left out."""
     if not os.path.exists(path):
         return []
     with open(path, encoding='utf-8', errors='replace') as f:
@@ -81,5 +84,5 @@ def read_lines(path):
         try:
             records.append(json.loads(line))
         except ValueError as e:
-            raise UserError(f'{path} holds a line that is no JSON: {line[:40]!r}') from e
+            raise UserError(f'{path} holds a line that is not JSON: {line[:40]!r}') from e
     return records

@@ -1,5 +1,5 @@
 """
-What a training run says of itself: log.jsonl, the progress bar, and Weights & Biases.
+What a training run reports while it runs: log.jsonl, the progress bar, and Weights & Biases.
 """
 import math
 import os
@@ -15,11 +15,14 @@ from lib.device import device_name
 from lib.distributed import summed
 from lib.files import append
 
-NO_BOUND = {'token channel': ' (of the tokens given the latent of the text itself, no bound)'}
+CAVEATS = {'token channel': ' (of the tokens given the latent of the text itself, no bound)'}
 
 
 class Log:
-    """trainer: a Trainer of train.py;  start, tokens: where the run stands."""
+    """Rank 0 writes; the other processes only take part in sums.
+
+    trainer: a Trainer of train.py;  start, tokens: how many steps and tokens the run has behind it
+    """
 
     def __init__(self, config, trainer, start, tokens):
         self.c, self.trainer = SimpleNamespace(**config), trainer
@@ -38,6 +41,7 @@ class Log:
         self.clock, self.tokens = time.time(), tokens
 
     def introduce(self, start):
+        """Prints the sizes of the run, and where it continues."""
         c, method = self.c, self.trainer.method
         weights = sum(p.numel() for p in method.parameters()) / 1e6
         backbone = sum(p.numel() for m in method.backbones() for p in m.parameters()) / 1e6
@@ -46,23 +50,29 @@ class Log:
               f'{c.batch_size * c.block_size:,} tokens per step; '
               f'{self.trainer.world} x {device_name(self.trainer.device)}, {c.dtype}', flush=True)
         if start:
-            more = '; a larger --max_iters goes on' if start >= c.max_iters else ''
+            more = '; a larger --max_iters continues it' if start >= c.max_iters else ''
             print(f'{c.out_dir} is at step {start:,} of {c.max_iters:,}{more}', flush=True)
 
     def record(self, numbers):
+        """numbers: {name: number}, with `step` among them."""
         if self.first:
             append(self.path, numbers)
             if self.c.wandb:
                 self.wandb.log(numbers, step=numbers['step'])
 
     def step(self, done, tokens, lr, logs, numbers):
-        """The only place where the host waits for the device."""
-        logs = dict(zip(logs, (summed(torch.stack([v.float() for v in logs.values()])) / self.trainer.world).tolist()))
+        """Records a step; exits if 3 steps in a row were not finite.
+
+        logs, numbers: {name: scalar on the device}, of this process and of the run. Reading them is the only
+        place where the host waits for the device.
+        """
+        means = summed(torch.stack([v.float() for v in logs.values()])) / self.trainer.world
+        logs = dict(zip(logs, means.tolist()))
         numbers = dict(zip(numbers, torch.stack([v.float() for v in numbers.values()]).tolist()))
         if numbers.pop('worst') >= 3:
-            text = f'error: loss or gradient was not finite in 3 steps in a row, up to step {done}; ' \
-                   f'{self.c.out_dir} keeps its last checkpoint; try a lower --learning_rate'
-            sys.exit(text if self.first else 1)
+            sys.exit(f'error: loss or gradient was not finite in 3 steps in a row, up to step {done}; '
+                     f'{self.c.out_dir} keeps its last checkpoint; try a lower --learning_rate'
+                     if self.first else 1)
         speed = (tokens - self.tokens) / (time.time() - self.clock)
         self.record({'step': done, **logs, **numbers, 'lr': lr,
                      'tokens_per_s': round(speed), 'tokens': tokens})
@@ -71,11 +81,14 @@ class Log:
         self.restart_clock(tokens)
 
     def validation(self, done, nats):
+        """nats: the validation loss per token, with the averaged weights."""
         perplexity = math.exp(min(nats, 700))
         self.record({'step': done, 'val_loss': nats, 'val_ppl': perplexity})
         if self.first:
-            self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {nats:.4f} nats per token, perplexity '
-                           f'{perplexity:.2f}{NO_BOUND.get(self.trainer.method.likelihood, "")}')
+            caveat = CAVEATS.get(self.trainer.method.likelihood, '')
+            self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {nats:.4f} nats per token, '
+                           f'perplexity {perplexity:.2f}{caveat}')
 
     def restart_clock(self, tokens):
+        """Starts to measure the speed anew, so that validation and saving do not count."""
         self.clock, self.tokens = time.time(), tokens

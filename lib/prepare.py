@@ -74,7 +74,7 @@ def split_documents(blocks, separator):
             begun = False
         if len(rest) > PIECE:
             end = len(rest) - len(separator or ' ')  # the next block may complete a separator
-            # GPT-2, Qwen and BERT cut between "x\n" and "y" anyway, so there the ids stay what they are
+            # cutting between "x\n" and "y" changes no ids: GPT-2, Qwen and BERT never join these two
             cut = max((m.end() for m in re.finditer(r'\S\n(?=\S)', rest[:end + 1])), default=end)
             yield rest[:cut], False
             rest, begun = rest[cut:], True
@@ -114,7 +114,7 @@ def read_hub(*args, column='text', expect=None, **kwargs):
 
 
 # ----------------------------------------------------------------------------
-# encoding it
+# encoding text
 
 def encode(task, tok=None):
     """[(text, ends)] -> all their ids in one array, [(number of ids, ends)]; EOS ends a document."""
@@ -175,7 +175,7 @@ def tasks(stream):
 
 
 # ----------------------------------------------------------------------------
-# writing it
+# writing tokens
 
 def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
     """Writes train.bin, val.bin and meta.json of data/<name>: all of them or none. UserError if it cannot.

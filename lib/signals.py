@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def heed_signals():
-    """Gives a list that a SIGINT or SIGTERM goes into: the step is finished first. A second one does not wait."""
+    """A context with a list that receives SIGINT or SIGTERM, so that the program can finish its step first.
+
+    A second signal does not wait: it raises KeyboardInterrupt.
+    """
     received = []
 
     def on_signal(signum, frame):

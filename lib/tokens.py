@@ -51,7 +51,7 @@ class Char(Tokenizer):
         try:
             return [[self.ids[c] for c in text] for text in texts]
         except KeyError as e:
-            raise UserError(f'the character {e.args[0]!r} is not one of the {len(self.chars)} known') from None
+            raise UserError(f'character {e.args[0]!r} is not one of the {len(self.chars)} known') from None
 
     def decode(self, ids):
         return ''.join('<|endoftext|>' if i == self.eos_id else self.chars[i] for i in map(int, ids))
@@ -108,7 +108,8 @@ def first_given(*ids):
 
 
 def named_tokenizer(name):
-    """What a person calls a tokenizer: gpt2, a hub id, or the folder of a tokenizer or of a prepared set."""
+    """The tokenizer called `name`: gpt2, a hub id, or the folder of a tokenizer or of a prepared set.
+    UserError if it cannot be loaded."""
     if os.path.exists(os.path.join(name, 'meta.json')):
         meta = read_meta(name)
         return load_tokenizer(meta['tokenizer'], meta['vocab_size'])
@@ -149,7 +150,7 @@ def cache_only_if_offline():
     try:
         urllib.request.urlopen(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=10).close()
     except urllib.error.HTTPError:
-        return  # an error message is an answer
+        return  # an HTTP error is an answer, too
     except OSError:
         os.environ['HF_HUB_OFFLINE'] = '1'
 
@@ -204,7 +205,7 @@ def open_array(path, dtype, shape, command):
 
 
 def check_size(file, array):
-    """UserError if a mapped file has shrunk since it was opened: reading would give zeros, or SIGBUS."""
+    """UserError if a mapped file has shrunk since it was opened: reading would give zeros or SIGBUS."""
     if os.fstat(file.fileno()).st_size < array.nbytes:
         raise UserError(f'data file shrank while it was read: {file.name}; '
                         'put it back, and the same command will go on')

@@ -2,12 +2,11 @@
 
 Every tokenizer is built here.
 """
-import contextlib
 import http.client
 import importlib
+import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+from helpers import disk_full
 
 import lib.prepare
 import lib.tokens
@@ -99,17 +99,6 @@ def cli(monkeypatch):
             return e.code
         return 0
     return call
-
-
-@contextlib.contextmanager
-def disk_full(size):
-    """No file of this process grows beyond `size` bytes: a write may end in the middle, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def save(path, text):
@@ -336,6 +325,17 @@ def interrupted():
         yield f'{i:09d}', True
 
 
+def die_at_rename(n):
+    rename, count = os.replace, itertools.count(1)
+
+    def replace(a, b):
+        if next(count) == n:
+            os._exit(9)
+        rename(a, b)
+    os.replace = replace
+    prepared(n=500)
+
+
 def test_interrupted_write(tmp_path, monkeypatch):
     folder = tmp_path / 'data/t'
     monkeypatch.setattr(lib.prepare, 'PIECE', 400)
@@ -349,17 +349,10 @@ def test_interrupted_write(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):  # a second run over a good set
         write('t', {'train': interrupted}, digits, tail=0.1)
     assert snapshot(folder) == whole
-    for die_after in (1, 2, 3):  # killed between the renames, with no time to clean up: no set is left
-        real = os.replace
-        replaced = []
+    for n in (1, 2, 3):  # killed between the renames, with no time to clean up: no set is left
         child = os.fork()
         if child == 0:
-            def replace(a, b, real=real, replaced=replaced, die_after=die_after):
-                if len(replaced) == die_after - 1:
-                    os._exit(9)
-                replaced.append(real(a, b))
-            os.replace = replace
-            prepared(n=500)
+            die_at_rename(n)
         assert os.waitpid(child, 0)[1] == 9 << 8
         with pytest.raises(UserError, match='no prepared data'):
             Tokens('t', 'train', 16)
