@@ -1,50 +1,50 @@
 """
 Every number of the papers' tables, from a checkpoint of any method.
 
-    python eval.py --out_dir=out/NAME --metrics=val_ppl                   on the validation texts
-    python eval.py --out_dir=out/NAME --data=zeroshot/ptb                 on any prepared set, or a text file
+    python eval.py --out_dir=out/NAME --metrics=val_ppl                  on the validation texts
+    python eval.py --out_dir=out/NAME --data=zeroshot/ptb                on any prepared set, or a text file
     python eval.py --out_dir=out/NAME --metrics=gen_ppl,diversity --steps=1,2,4,8,16,32       on samples
-    python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent_steps=2,8,32  of LADD
-    python eval.py --out_dir=out/NAME --metrics=reconstruction,smoothness --teacher=out/AR    of LDLM
-    python eval.py out/A out/B --steps=1,2,4,8,16,32,64 --teacher=out/AR  a frontier: quality against cost
+    python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent_steps=2,8,32  LADD's, too
+    python eval.py --out_dir=out/NAME --metrics=reconstruction,smoothness --teacher=out/AR    LDLM's space
+    python eval.py out/A out/B --steps=1,2,4,8,16,32,64 --teacher=out/AR  the frontier: quality against cost
 
 Each result is one JSON object, on standard output and at the end of out/NAME/eval.jsonl, with all that is
 needed to repeat it. What the numbers are:
 
 val_ppl      exp(nats per token), over all tokens of a chunk, EOS included. Exact for AR, otherwise an upper
              bound: the ELBO, at times stratified over all texts and drawn anew in each of --nll_draws rounds,
-             so the batch size does not matter. Of LADD token_ppl is the token channel alone, the papers'
-             "data Val PPL". It bounds nothing, because the latent that it is given was read off the text.
-             Codes (Di-LADD) have a likelihood, too, latent_nll, and val_ppl is the bound of both channels.
-             _se is the standard error for fresh texts and fresh noise; noise alone makes less of it.
-gen_ppl      exp(nats per token) of the samples under a causal language model, the teacher. Samples are whole:
-             nothing is cut at EOS. A teacher with another tokenizer reads the text, with its EOS in place of
+             so it does not depend on the batch size. LADD: token_ppl is the token channel alone, as in the
+             papers ("data Val PPL"). It bounds nothing, because the latent that it is given was read off the
+             text. Codes (Di-LADD) have a likelihood, too (latent_nll); val_ppl is then the bound of both
+             channels. _se: the standard error over fresh texts and fresh noise; of the noise alone it is less.
+gen_ppl      exp(nats per token) of samples under a causal language model, the teacher. Samples are whole:
+             nothing is cut at EOS. A teacher with another tokenizer reads the text, its own EOS in place of
              our EOS and BOS, in windows of its context. A Hugging Face teacher has nothing to predict a
              window's first token from, so that is not scored; our AR scores it.
-entropy      entropy_position: of the tokens that samples have at one position, averaged over positions (LADD's
-             definition; at most log of the number of samples).
-             entropy_sample: of the tokens within a sample, averaged over samples (MDLM's and LDLM's). Both in
-             nats and of our ids. LADD's values, 4.4 at L = 128 and 5.3 at L = 512, look like the second.
-diversity    product over n = 2, 3, 4 of distinct n-grams / n-grams, pooled over all samples; it falls with
+entropy      in nats, of our ids. _position: of the tokens that samples have at one position, averaged over
+             positions (LADD's definition; at most log of the number of samples). _sample: of the tokens in
+             one sample, averaged over samples (MDLM's and LDLM's definition). LADD's published values, 4.4 at
+             L = 128 and 5.3 at L = 512, look like _sample, whatever its text says: compare them with that.
+diversity    product over n = 2, 3, 4 of distinct n-grams / n-grams, pooled over all samples, so it falls with
              their number
-mauve        against as many validation texts (package mauve-text, features of GPT-2 Large)
+mauve        against as many validation texts (package mauve-text, GPT-2 Large features)
 swd          of sawtooth samples to fresh data, see sawtooth.py
-throughput   samples per second after a warm-up, at --batch_size, and divided by gen_ppl. If the machine has
-             other work, compare cpu_seconds_per_sample, of all threads of this process.
-reconstruction  of LDLM: the share of the validation texts' tokens that survive encoding and decoding
-smoothness   of LDLM, its figure 3: Gen PPL along the straight line between the latents of two random texts,
-             pooled over --num_samples pairs at each of 11 points (gen_ppl_path). Ours: these two numbers, and
-             `smoothness`, the worst Gen PPL on the way over the mean of both ends.
+throughput   samples per second after a warm-up, at --batch_size, and divided by gen_ppl. On a machine that
+             has other work, too, cpu_seconds_per_sample (all threads of this process) is the fair measure.
+reconstruction  LDLM: share of the validation texts' tokens that survive encoding and decoding
+smoothness   LDLM figure 3: Gen PPL along the straight line between the latents of two random texts, pooled
+             over --num_samples pairs at each of 11 points (gen_ppl_path). Ours: the numbers of pairs and of
+             points, and `smoothness` itself, the worst Gen PPL on the way over the mean of the two ends.
 
-Every result on samples has entropies, time and GFLOPs. Gen PPL without them says little: a model that repeats
-one sentence has the best Gen PPL of all.
+Every result on samples has entropies, time and GFLOPs, because Gen PPL says little without them: a model that
+repeats one sentence has the best Gen PPL of all.
 
-A frontier samples every run with all its strategies at every number of steps, has one teacher score all, and
-prints and draws what lib/plot.py explains. What is in eval.jsonl already, of the same weights, teacher,
-options and device (seconds are compared), is not measured again: an interrupted sweep goes on where it
-stopped, and a seed added later (out/A_seed1) costs only itself. --results=FILE.jsonl keeps what was drawn, and
-FILE.jsonl in place of a folder stands for runs that are gone. For other samplers and temperatures measure with
---out_dir, and draw with `python -m lib.plot frontier`.
+The frontier: every run is sampled with all its strategies at every number of steps, and one teacher scores
+them. lib/plot.py explains tables and figure. What eval.jsonl holds already, of the same weights, teacher,
+options and device (seconds are compared), is not measured again: an interrupted sweep continues where it
+stopped, and a seed that is added later, out/A_seed1, costs only itself. FILE.jsonl among the folders stands
+for runs that are gone; --results=FILE.jsonl writes such a file. For other samplers and temperatures measure
+with --out_dir, and draw with `python -m lib.plot frontier`.
 """
 import itertools
 import math
@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 from lib import plot
 from lib.checkpoint import fingerprint, is_run
-from lib.configurator import UserError, configure, defaults_of, key, nearest, numbers, run
+from lib.configurator import UserError, configure, defaults_of, key, nearest, numbers, read_flags, run
 from lib.device import device_name, pick_device
 from lib.files import append, json_line, whole
 from lib.noise import Noise
@@ -70,18 +70,18 @@ from sample import Machine, Shared, generate, open_model, open_tokenizer, read_a
 from sawtooth import swd
 from train import open_data
 
-OF_TEXTS = ('val_ppl', 'reconstruction', 'smoothness')
-OF_SAMPLES = ('gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput')
-COLUMNS = ('data', 'strategy', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction', 'smoothness',
-           'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'mauve', 'swd', 'samples_per_s', 'gflops')
-ENDLESS = 20480  # texts of sawtooth, whose stream has no end
+TEXT_METRICS = 'val_ppl', 'reconstruction', 'smoothness'
+SAMPLE_METRICS = 'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput'
+COLUMNS = ('data', 'strategy', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction',
+           'smoothness', 'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'mauve', 'swd',
+           'samples_per_s', 'gflops')  # of the printed table
 
 
 @dataclass
 class Config(Shared):
     metrics: str = 'val_ppl'       # which, with commas
-    data: str = ''                 # of texts: a prepared set or a UTF-8 file; empty: the run's validation texts
-    val_seqs: int = key(0, at_least=0)   # how many of them; 0: all
+    data: str = ''                 # texts: a prepared set or a UTF-8 file; empty: the run's validation texts
+    val_seqs: int = key(0, at_least=0)  # how many; 0: all, and of sawtooth, which has no end, 20,480
     nll_draws: int = key(1, at_least=1)  # times and masks per text
     steps: str = '32'              # of samples: denoiser calls for the tokens, with commas
     latent_steps: str = '8'        # of --strategy=seq: denoiser calls for the latent, with commas
@@ -92,29 +92,29 @@ class Config(Shared):
 
 @dataclass
 class Sweep(plot.FrontierConfig, Machine):
-    steps: str = '1,2,4,8,16,32,64'  # denoiser calls for the tokens
+    steps: str = '1,2,4,8,16,32,64'
     strategies: str = 'joint,seq'  # of these, those that a method has
-    latent_steps: str = '8'        # of seq: denoiser calls for the latent; each number makes a curve
+    latent_steps: str = '8'        # several make several curves
     num_samples: int = key(64, at_least=1)
     teacher: str = 'gpt2-large'
     results: str = ''              # FILE.jsonl
 
 
 # ------------------------------------------------------------------------------------------------------------
-# texts: rows(row numbers (b,)) -> ids (b, L), and how many there are
+# texts: rows(row numbers (b,)) -> ids (b, L), and n, how many there are
 
 def open_texts(name, config, tok, device):
-    """-> rows, n of a text file, or of the validation texts of a prepared set ('': the one of the training)."""
+    """-> rows, n of a text file, or of a prepared set's validation texts; '': those of the training data."""
     name, L = name or config['dataset'], config['block_size']
     if os.path.isfile(name):
-        x = read_texts(name, tok, L)
-        return lambda idx: x[idx].to(device), len(x)
+        x = read_texts(name, tok, L).to(device)
+        return x.__getitem__, len(x)
     data = open_data(name, 'val', L)
     if (data.tokenizer, data.wrap) != (tok.spec, tok.wrap):
         raise UserError(f'{name} was not prepared as the training data of this model was; prepare it with '
-                        f'--tokenizer=DATA, the folder of the training data, and --wrap={tok.wrap}, or give a '
-                        'text file')
-    return lambda idx: data.rows(idx)[0].to(device), len(data) if tok.spec else ENDLESS
+                        f'--tokenizer=DATA, the folder of the training data, and --wrap={tok.wrap}, or give '
+                        'a text file')
+    return lambda idx: data.rows(idx)[0].to(device), 20480 if name == 'sawtooth' else len(data)
 
 
 def read_texts(path, tok, L):
@@ -129,36 +129,28 @@ def read_texts(path, tok, L):
         raise UserError(f'{path} has {len(ids):,} tokens, and one text of this model is {body:,}')
     x = ids[:len(ids) // body * body].view(-1, body)
     if tok.wrap:
-        x = torch.cat((torch.full_like(x[:, :1], tok.bos_id), x, torch.full_like(x[:, :1], tok.eos_id)), dim=1)
+        bos, eos = (torch.full_like(x[:, :1], i) for i in (tok.bos_id, tok.eos_id))
+        x = torch.cat((bos, x, eos), dim=1)
     return x
-
-
-def attach(method, config, tok, device):
-    """Hands in the frozen encoder that a method reads texts with. UserError if it is not that of its training."""
-    data = SimpleNamespace(tokenizer=tok.spec, vocab_size=config['vocab_size'], block_size=config['block_size'])
-    weights = attach_encoder(method, data, device)
-    if config.get('encoder_weights') not in (None, weights):
-        raise UserError(f'{method.encoder_name} has other weights than the encoder that this model was trained '
-                        'with; put those back, or train it anew')
 
 
 @torch.no_grad()
 def likelihood(method, rows, n, batch_size, seed=0, draws=1, strategy='joint'):
-    """Method.nll_parts, means over the first n texts, in nats per token -> {'val_nll', 'val_nll_se', 'val_ppl'}.
+    """Of the first n texts, nats per token: 'val_nll', its standard error 'val_nll_se', and 'val_ppl'.
 
-    Of LADD also token_nll, ..., and of its codes latent_nll and latent_nll_se.
+    What nll_parts splits (LADD) has 'token_nll' and 'latent_nll', ...; 'val' only if it is a bound.
     """
     nats = {}
     for draw in range(draws):
         batches = torch.arange(n).split(batch_size)
         for idx in tqdm(batches, desc=f'likelihood {draw + 1}/{draws}', disable=None, leave=False):
             x = rows(idx)
-            noise = Noise(seed, draw, idx.to(x.device), n)
-            for name, part in method.nll_parts(x, noise, strategy).items():
-                nats.setdefault(name, torch.zeros(n, dtype=torch.float64))
-                nats[name][idx] += part.double().cpu() / (draws * x.shape[1])
-    if method.likelihood == 'bound' and 'val' not in nats:
-        nats['val'] = sum(nats.values())  # of both channels
+            parts = method.nll_parts(x, Noise(seed, draw, idx.to(x.device), n), strategy)
+            for name, part in parts.items():
+                of_texts = nats.setdefault(name, torch.zeros(n, dtype=torch.float64))
+                of_texts[idx] += part.double().cpu() / (draws * x.shape[1])
+    if method.likelihood == 'bound':
+        nats.setdefault('val', sum(nats.values()))
     result = {}
     for name, v in nats.items():
         nll = v.mean().item()
@@ -168,50 +160,40 @@ def likelihood(method, rows, n, batch_size, seed=0, draws=1, strategy='joint'):
     return result
 
 
-@torch.no_grad()
-def reconstruction(method, rows, n, batch_size):
-    """Share of the tokens of the first n texts that encoder and decoder give back."""
-    texts = map(rows, torch.arange(n).split(batch_size))
-    right = [(method.reconstruct(x) == x).double().mean(dim=1).cpu() for x in texts]
-    return torch.cat(right).mean().item()
-
-
-@torch.no_grad()
-def interpolations(method, rows, n, pairs, batch_size, seed, weights):
-    """Random pairs of the first n texts, no text in two of them, decoded at points between their latents.
-
-    -> ids (len(weights), pairs, L)
-    """
+def smoothness(method, rows, n, pairs, batch_size, seed, teacher):
+    """Between the latents of random pairs of the first n texts, no text in two of them."""
     ends = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2 * pairs].view(2, pairs)
-    return torch.cat([method.interpolate(x_a := rows(a), rows(b), weights.to(x_a.device)).cpu()
-                      for a, b in ends.split(batch_size, dim=1)], dim=1)
+    weights, parts = torch.linspace(0, 1, 11), []
+    for a, b in ends.split(batch_size, dim=1):
+        x_a, x_b = rows(a), rows(b)
+        parts.append(method.interpolate(x_a, x_b, weights.to(x_a.device)).cpu())
+    points = torch.cat(parts, dim=1)                                                   # (11, pairs, L)
+    path = [teacher.gen_ppl(x)[0] for x in points]
+    return {'smoothness': max(path) / ((path[0] + path[-1]) / 2), 'points': [i / 10 for i in range(11)],
+            'gen_ppl_path': path, 'entropy_sample_path': [entropies(x)['entropy_sample'] for x in points],
+            'num_pairs': pairs, **teacher.record}
 
 
-def text_results(c, metrics, method, rows, n, teacher, autocast):
-    """A result for each metric of texts."""
-    if 'val_ppl' in metrics:
-        strategy = c.strategy or next(iter(method.strategies))
-        with autocast:
-            values = likelihood(method, rows, n, c.batch_size, c.seed, c.nll_draws, strategy)
+def text_results(c, o):
+    """A result for each metric of texts.  c: the keys;  o: what `prepare` has opened."""
+    about = {'data': c.data or o.config['dataset'], 'num_texts': o.n}
+    if 'val_ppl' in o.metrics:
+        strategy = c.strategy or next(iter(o.method.strategies))
+        values = likelihood(o.method, o.rows, o.n, c.batch_size, c.seed, c.nll_draws, strategy)
         if 'val_ppl' in values:
-            values['val_ppl_is'] = 'exact' if method.likelihood == 'exact' else 'an upper bound'
+            values['val_ppl_is'] = 'exact' if o.method.likelihood == 'exact' else 'an upper bound'
         if 'token_ppl' in values:
-            values |= {'token_ppl_is': 'the token channel, given the latent of the text itself: no bound',
-                       'strategy': strategy}
-        yield {'metric': 'likelihood', **values, 'num_texts': n, 'nll_draws': c.nll_draws}
-    if 'reconstruction' in metrics:
-        with autocast:
-            share = reconstruction(method, rows, n, c.batch_size)
-        yield {'metric': 'reconstruction', 'reconstruction': share, 'num_texts': n}
-    if 'smoothness' in metrics:
-        pairs = min(c.num_samples, n // 2)
-        with autocast:
-            points = interpolations(method, rows, n, pairs, c.batch_size, c.seed, torch.linspace(0, 1, 11))
-        path = [teacher.gen_ppl(x)[0] for x in points]
-        yield {'metric': 'smoothness', 'smoothness': max(path) / ((path[0] + path[-1]) / 2),
-               'points': [i / 10 for i in range(11)], 'gen_ppl_path': path,
-               'entropy_sample_path': [entropies(x)['entropy_sample'] for x in points],
-               'num_pairs': pairs, 'num_texts': n, **teacher.record}
+            values['token_ppl_is'] = 'the token channel, given the latent of the text itself: no bound'
+            values['strategy'] = strategy
+        yield {'metric': 'likelihood', **about, **values, 'nll_draws': c.nll_draws}
+    if 'reconstruction' in o.metrics:
+        texts = map(o.rows, torch.arange(o.n).split(c.batch_size))
+        survive = torch.cat([(o.method.reconstruct(x) == x).double().mean(dim=1).cpu() for x in texts])
+        yield {'metric': 'reconstruction', **about, 'reconstruction': survive.mean().item()}
+    if 'smoothness' in o.metrics:
+        pairs = min(c.num_samples, o.n // 2)
+        values = smoothness(o.method, o.rows, o.n, pairs, c.batch_size, c.seed, o.teacher)
+        yield {'metric': 'smoothness', **about, **values}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -239,41 +221,240 @@ def diversity(x):
 def mauve_score(x, references, tok, device, seed):
     import mauve
     texts, references = ([tok.decode(ids) for ids in part.tolist()] for part in (x, references))
-    return mauve.compute_mauve(p_text=references, q_text=texts, featurize_model_name='gpt2-large',
-                               max_text_length=1024, seed=seed, device_id=0 if device.type == 'cuda' else -1,
-                               verbose=False).mauve
+    with torch.autocast(device.type, enabled=False):
+        return mauve.compute_mauve(
+            p_text=references, q_text=texts, featurize_model_name='gpt2-large', max_text_length=1024,
+            seed=seed, device_id=0 if device.type == 'cuda' else -1, verbose=False).mauve
 
 
-def all_options(c, method):
-    """Every option of method.sample, for each of --latent_steps. UserError for what it does not have."""
+def scores(x, c, o):
+    """The metrics of samples."""
+    result = {}
+    if 'gen_ppl' in o.metrics:
+        result['gen_ppl'], result['teacher_tokens'] = o.teacher.gen_ppl(x)
+        result |= o.teacher.record
+    result |= entropies(x)
+    if 'diversity' in o.metrics:
+        result['diversity'] = diversity(x)
+    if 'mauve' in o.metrics:
+        references = o.rows(torch.arange(min(c.num_samples, o.n)))
+        result['mauve'] = mauve_score(x, references, o.tok, o.device, c.seed)
+    if 'swd' in o.metrics:
+        result['swd'] = swd(x)
+    return result
+
+
+def distinct(method, steps, options):
+    """{calls of the denoiser: the steps that make as many}: {None: steps} where steps has no say."""
+    return {method.denoiser_calls(n, **options): n for n in steps}
+
+
+def sample_results(c, o):
+    """A result for each choice of options and --steps. Samples are drawn once for all metrics."""
+    def draw(n, steps, options):
+        try:
+            return generate(o.method, n, steps, c.batch_size, c.seed, **options)
+        except ValueError as e:  # of a method that cannot take so many steps, say
+            raise UserError(e) from e
+
+    for options in o.choices:
+        draw(min(c.num_samples, c.batch_size), min(o.steps[0], 2), options)  # warm-up
+        for calls, steps in distinct(o.method, o.steps, options).items():
+            clock, cpu_clock = time.perf_counter(), time.process_time()
+            x = draw(c.num_samples, steps, options)
+            seconds = (time.perf_counter() - clock) / c.num_samples
+            cpu_seconds = (time.process_time() - cpu_clock) / c.num_samples
+            flops = o.method.sampling_flops(o.config['block_size'], steps, **options)
+            result = {'metric': 'samples', 'steps': calls, 'num_samples': c.num_samples, **options,
+                      **scores(x, c, o), 'gflops': flops / 1e9, 'seconds_per_sample': seconds,
+                      'cpu_seconds_per_sample': cpu_seconds, 'samples_per_s': 1 / seconds}
+            if 'gen_ppl' in result:
+                result['samples_per_s_per_gen_ppl'] = 1 / seconds / result['gen_ppl']
+            yield {**result, 'eos': 'kept: a sample is a chunk of documents joined by EOS'}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# one run
+
+def open_teacher(name, tok, device):
+    """A Teacher for ids of the tokenizer tok. UserError if it cannot read them, or has no exact likelihood."""
+    if not is_run(name):
+        if tok.spec is None:
+            raise UserError('sawtooth has no text: its teacher is a sawtooth AR, --teacher=out/NAME')
+        return hub_teacher(name, tok, device)
+    method, config = open_run(name, device)
+    if method.likelihood != 'exact':
+        raise UserError(f'the teacher {name} is {method.name}, which has no exact likelihood; it has to be '
+                        'AR, or a causal model of the Hugging Face hub')
+    theirs = open_tokenizer(config)
+    if (theirs.spec is None) != (tok.spec is None):
+        raise UserError(f'{name} was trained on {config["dataset"]}, which has nothing in common with these '
+                        'samples')
+    translate = translation(tok, theirs) if theirs.spec != tok.spec else lambda ids: ids
+    return Teacher(name, method, method.nll, translate, config['block_size'], unscored=0)
+
+
+def check_metrics(metrics, method, tok):
+    """UserError for a metric that does not exist, or has no meaning for this method and its data."""
+    no_space = not method.has_latent_space and f'{method.name} has no latent space'
+    reasons = {'val_ppl': not method.likelihood and f'{method.name} has no likelihood',
+               'reconstruction': no_space, 'smoothness': no_space,
+               'swd': tok.spec and 'swd is a metric of sawtooth',
+               'mauve': not tok.spec and 'mauve is a metric of text, which sawtooth is not'}
+    for metric in metrics:
+        if metric not in TEXT_METRICS + SAMPLE_METRICS:
+            raise UserError(f'no metric {metric!r}: {nearest(metric, TEXT_METRICS + SAMPLE_METRICS)}')
+        if reasons.get(metric):
+            raise UserError(f'{reasons[metric]}: leave {metric} out')
+    if 'mauve' in metrics:
+        try:
+            import mauve  # noqa: F401
+        except ImportError as e:
+            raise UserError('mauve needs `pip install mauve-text`') from e
+
+
+def attach(method, config, tok, device):
+    """Hands in the frozen encoder that a method reads texts with. UserError if it is not as in training."""
+    data = SimpleNamespace(**{**config, 'tokenizer': tok.spec})
+    if config.get('encoder_weights') not in (None, attach_encoder(method, data, device)):
+        raise UserError(f'{method.encoder_name} has other weights than the encoder that this model was '
+                        'trained with; put those back, or train it anew')
+
+
+def choices(c, method):
+    """Every option of method.sample, for each of --latent_steps."""
     return [sampling_options(SimpleNamespace(**{**vars(c), 'latent_steps': n}), method)
             for n in numbers('latent_steps', c.latent_steps)]
 
 
-def sample_results(c, metrics, method, L, variants, score, autocast):
-    """A result for each of the variants (options of method.sample) and --steps: samples are drawn once for all metrics.
+def prepare(argv):
+    """-> the keys, and what they open. All that can be wrong, before anything is computed or written."""
+    c = read_arguments(Config, argv)
+    metrics, steps, device = c.metrics.split(','), numbers('steps', c.steps), pick_device(c.device)
+    method, config = open_model(c, device)
+    tok, wanted = open_tokenizer(config), set(metrics)
+    check_metrics(metrics, method, tok)
+    if c.plot and not c.out_dir:
+        raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
+    o = SimpleNamespace(metrics=metrics, steps=steps, device=device, method=method, config=config, tok=tok,
+                        n=0)
+    if wanted & {'val_ppl', *SAMPLE_METRICS}:  # an autoencoder alone has no sampler
+        o.choices = choices(c, method)
+    if wanted & {*TEXT_METRICS, 'mauve'}:
+        o.rows, n = open_texts(c.data, config, tok, device)
+        o.n = min(n, c.val_seqs or n)
+    if 'smoothness' in metrics and o.n < 2:
+        raise UserError('smoothness wants two texts at least, and there is one')
+    if wanted & set(TEXT_METRICS) and method.encoder_name:
+        attach(method, config, tok, device)
+    if wanted & {'gen_ppl', 'smoothness'}:
+        o.teacher = open_teacher(c.teacher, tok, device)
+    return c, o
 
-    score: x (N, L) -> dict of metrics
+
+def provenance(c, method, config, device):
+    """What a result depends on besides its options."""
+    return {'step': config['step'], 'weights': fingerprint(method), 'device': device_name(device),
+            **{k: getattr(c, k) for k in ('seed', 'batch_size', 'dtype', 'compile')}}
+
+
+def evaluate(argv):
+    """--out_dir=out/NAME: prints its results, and adds them to its eval.jsonl."""
+    c, o = prepare(argv)
+    path = os.path.join(c.out_dir, 'eval.jsonl') if c.out_dir else os.devnull
+    append(path)  # fails now if it cannot be written
+    common = {'model': c.out_dir or c.init_from, 'method': o.config['method'],
+              'dataset': o.config['dataset'], 'L': o.config['block_size'], **provenance(c, o.method, o.config, o.device),
+              'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
+    results = []
+    with torch.no_grad(), torch.autocast(o.device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
+        samples = sample_results(c, o) if set(SAMPLE_METRICS) & set(o.metrics) else ()
+        for result in itertools.chain(text_results(c, o), samples):
+            results.append({**result, **common})
+            print(json_line(results[-1]), end='', flush=True)
+            append(path, results[-1])
+
+    columns = [k for k in COLUMNS if any(r.get(k) is not None for r in results)]
+    rows = [[r['metric'], *(plot.written(r.get(k)) for k in columns)] for r in results]
+    plot.print_table('metric', columns, rows, sys.stderr)
+    if c.plot:
+        plot.frontier(plot.measured([c.out_dir]), plot.beside(c.out_dir, 'frontier'), sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the frontier of several runs
+
+MEASURING = 'num_samples', 'teacher', 'seed', 'batch_size', 'device', 'dtype', 'compile'  # keys of both forms
+
+
+def planned(folder, method, config, c, device):
+    """-> [(arguments without --steps, settings of the results, {calls: steps})], one for each curve of a run.
+
+    UserError if it has none of the strategies.
     """
-    def draw(n, steps, options):
-        try:
-            with autocast:
-                return generate(method, n, steps, c.batch_size, c.seed, **options)
-        except ValueError as e:
-            raise UserError(e) from e
+    found = []
+    for strategy in [s for s in method.strategies if s in c.strategies.split(',')]:
+        takes_latent_steps = 'latent_steps' in method.strategies[strategy]
+        for n in numbers('latent_steps', c.latent_steps) if takes_latent_steps else ['']:
+            argv = [f'--out_dir={folder}', '--metrics=gen_ppl,diversity', f'--strategy={strategy}',
+                    *[f'--latent_steps={n}'] * takes_latent_steps,
+                    *(f'--{k}={getattr(c, k)}' for k in MEASURING)]
+            options, = choices(read_arguments(Config, argv), method)
+            settings = {**provenance(c, method, config, device), 'num_samples': c.num_samples, **options}
+            found.append((argv, settings, distinct(method, numbers('steps', c.steps), options)))
+    if not found:
+        raise UserError(f'{folder} has none of the strategies {c.strategies}; '
+                        f'it has: {", ".join(method.strategies)}')
+    return found
 
-    steps_list = numbers('steps', c.steps)
-    for options in variants:
-        draw(min(c.num_samples, c.batch_size), min(steps_list[0], 2), options)  # warm-up
-        for calls, steps in {method.denoiser_calls(steps, **options): steps for steps in steps_list}.items():
-            clock, cpu_clock = time.perf_counter(), time.process_time()
-            x = draw(c.num_samples, steps, options)
-            seconds, cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu_clock
-            result = {'metric': 'samples', 'steps': calls, 'num_samples': c.num_samples, **options, **score(x),
-                      'gflops': method.sampling_flops(L, steps, **options) / 1e9,
-                      'seconds_per_sample': seconds / c.num_samples,
-                      'cpu_seconds_per_sample': cpu_seconds / c.num_samples,
-                      'samples_per_s': c.num_samples / seconds}
-            if 'gen_ppl' in result:
-                result['samples_per_s_per_gen_ppl'] = result['samples_per_s'] / result['gen_ppl']
-            yield result | {'eos': 'kept: a sample is a chunk of documents joined by EOS'}
+
+def sweep(argv):
+    """out/A out/B ...: measures what is missing, prints the tables, draws the figure."""
+    names, flags = [a for a in argv if not a.startswith('-')], [a for a in argv if a.startswith('-')]
+    for k in read_flags(flags).keys() & defaults_of(Config).keys() - defaults_of(Sweep).keys():
+        raise UserError(f'--{k} is for one run: --out_dir={names[0]}')
+    c = SimpleNamespace(**configure(Sweep, flags))
+    drawing, device = plot.frontier_options(c), pick_device(c.device)
+    if c.results and not c.results.endswith('.jsonl'):
+        raise UserError(f'--results={c.results}: the name ends with .jsonl')
+    if c.results not in names and os.path.exists(c.results):
+        raise UserError(f'{c.results} holds results: name it among the runs, too, or give another file')
+    folders = [os.path.normpath(name) for name in names if not name.endswith('.jsonl')]
+    plans, teacher = [], {}
+    for folder in folders:
+        method, config = open_run(folder, device)
+        teacher = teacher or open_teacher(c.teacher, open_tokenizer(config), device).record
+        plans += [(folder, *plan) for plan in planned(folder, method, config, c, device)]
+
+    def known(folder, settings, calls):
+        wanted = {**settings, **teacher, 'steps': calls}
+        return [r for r in plot.gen_ppls(folder) if wanted.items() <= r.items()][-1:]
+    results = plot.measured([name for name in names if name.endswith('.jsonl')])
+    for folder, argv, settings, budgets in plans:
+        missing = [str(steps) for calls, steps in budgets.items() if not known(folder, settings, calls)]
+        if missing:
+            evaluate([*argv, '--steps=' + ','.join(missing)])
+        results += [r for calls in budgets for r in known(folder, settings, calls)]
+
+    if c.results:
+        with whole(c.results) as temp, open(temp, 'w') as f:
+            f.writelines(dict.fromkeys(map(json_line, results)))  # once, if both a file and its run were named
+    path = c.save or plot.beside((folders or names)[0], 'frontier')
+    plot.frontier(results, path, sys.stdout, **drawing)
+    print(path)
+
+
+def is_sweep(argv):
+    """Whether runs are named without a key; a config file or a checkpoint is for read_arguments to refuse."""
+    return any(not a.startswith('-') and not a.endswith(('.py', '.pt')) for a in argv)
+
+
+def main(argv):
+    if is_sweep(argv):
+        sweep(argv)
+    else:
+        evaluate(argv)
+
+
+if __name__ == '__main__':
+    run(main, Sweep if is_sweep(sys.argv[1:]) else Config)

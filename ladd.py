@@ -144,8 +144,8 @@ class Config(mdlm.Config):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the latent channel: what it is that diffuses beside the tokens. z is its state, vectors or codes, in [0,
-# 1] of noise; the network sees vectors (b, M, D) of it, and predicts (b, M, outputs) from them
+# the latent channel: what diffuses beside the tokens. Its state z is vectors (b, M, D) or codes (b, M); the
+# network sees vectors (b, M, D) of it and predicts (b, M, outputs)
 
 class Noised(NamedTuple):
     """A training batch of latents after noising."""
@@ -156,13 +156,12 @@ class Noised(NamedTuple):
     logs: dict = {}
 
 
-class Vectors(nn.Module):
+class Vectors:
     """Co-LADD: Gaussian diffusion of z (b, M, D)."""
     name, likelihood, schedules = 'Co-LADD', 'token channel', ('vp_linear', 'vp_cosine', 'vp_sqrt')
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        self.config, self.parts = config, {}
 
     @staticmethod
     def outputs(config):
@@ -214,16 +213,16 @@ class Vectors(nn.Module):
         pass
 
 
-class Codes(nn.Module):
+class Codes:
     """Di-LADD: masked diffusion of codes z (b, M), where K = codebook_size stands for [mask]."""
     # not geometric: alpha_0 < 1 would owe the channel a reconstruction term
     name, likelihood, schedules = 'Di-LADD', 'bound', ('linear', 'polynomial')
 
     def __init__(self, config):
-        super().__init__()
         c = self.config = config
         self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
         self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # of a code's length
+        self.parts = {'quantizer': self.quantizer, 'z_mask': self.z_mask}
         self.quantising = True  # begin_step sets it while training
 
     @staticmethod
@@ -311,6 +310,8 @@ class LADD(mdlm.MDLM):
         self.z_in = nn.Linear(c.latent_dim, c.hidden)
         self.z_head = nn.Linear(c.hidden, Channel.outputs(c))
         self.channel = Channel(c)
+        for name, part in self.channel.parts.items():  # LADD trains and stores them
+            setattr(self, name, part)
         if c.latent_layers:
             self.latent_in = nn.Linear(c.latent_dim, c.hidden)
             # for M = 1 attention is a linear map, and this DiT is the paper's "small MLP" with AdaLN

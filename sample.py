@@ -33,7 +33,17 @@ from methods import open_published, open_run
 
 
 @dataclass
-class Shared(Keys):
+class Machine(Keys):
+    """Keys of everything that draws samples."""
+    seed: int = 0
+    batch_size: int = key(32, at_least=1)
+    device: str = 'auto'           # auto | cpu | cuda | mps
+    dtype: str = key('float32', choices=('float32', 'bfloat16'))  # of the matrix products; draws are in fp64
+    compile: bool = False          # torch.compile the networks: for many samples, since it takes a minute
+
+
+@dataclass
+class Shared(Machine):
     """Keys that eval.py has, too."""
     out_dir: str = ''              # a run of train.py ...
     init_from: str = ''            # ... or HUB_ID, published weights
@@ -43,11 +53,6 @@ class Shared(Keys):
     eta: float = 1.0               # of --sampler=remdm: how much is masked again
     temperature: float = 1.0
     top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = key(32, at_least=1)
-    device: str = 'auto'           # auto | cpu | cuda | mps
-    dtype: str = key('float32', choices=('float32', 'bfloat16'))  # of the matrix products; draws are in fp64
-    compile: bool = False          # torch.compile the networks: for many samples, since it takes a minute
 
 
 @dataclass
@@ -93,12 +98,12 @@ def open_tokenizer(config):
     """
     if config.get('dataset') == 'sawtooth':
         tok = Char('▁█', eos=False)
-        tok.wrap = False
+        tok.spec, tok.wrap = None, False  # it is no text
         return tok
     if 'tokenizer' not in config:
         folder = os.path.join(DATA, config['dataset'])
         config = read_meta(folder if os.path.isdir(folder) else config['dataset'])
-    tok = load_tokenizer(config['tokenizer'])
+    tok = load_tokenizer(config['tokenizer'], config['vocab_size'])
     tok.wrap = config['wrap']
     return tok
 

@@ -1,8 +1,8 @@
 """
 Checkpoints: saving and loading them, and deciding whether one fits a run.
 
-A file is written whole or not at all, and loading one never runs code. A checkpoint is a dict of numbers,
-strings and tensors:
+A file is written whole or not at all, and loading one never runs code. A checkpoint is a dict of
+numbers, strings and tensors:
     format      2
     config      every key of the run, flat, with method, vocab_size and block_size
     model       the method's state dict: its weights and its buffers
@@ -22,7 +22,6 @@ from lib.configurator import UserError, idle
 from lib.files import whole
 
 FORMAT = 2
-RENAMED = {'quantizer.': 'channel.quantizer.', 'z_mask': 'channel.z_mask'}  # prefixes of format 1
 
 
 def is_run(name):
@@ -74,14 +73,10 @@ def load(path):
 def from_format_1(old):
     """A checkpoint of the first edition -> the same in format 2.
 
-    Format 1 had other names for some weights, and numbered the optimizer's states: first those of all
-    matrices, then those of all vectors, each in the order of `ema`.
+    Format 1 numbered the optimizer's states: first those of all matrices, then those of all vectors, each
+    in the order of `ema`.
     """
-    def renamed(name):
-        return next((now + name[len(was):] for was, now in RENAMED.items() if name.startswith(was)), name)
     new = {**old, 'format': 2}
-    for part in ('model', 'ema'):
-        new[part] = {renamed(name): tensor for name, tensor in old[part].items()}
     if 'optimizer' in old:
         names = sorted(new['ema'], key=lambda name: new['ema'][name].dim() <= 1)  # ties keep their order
         new['optimizer'] = {names[i]: state for i, state in old['optimizer'].items()}
@@ -129,7 +124,7 @@ def check_fits(checkpoint, config, method, out_dir):
 
 
 def begin_with(method, config, out_dir):
-    """Copies averaged weights and buffers from the run in out_dir, as far as they fit -> a sentence about it.
+    """Copies the averaged weights and buffers that fit from the run in out_dir -> a sentence about it.
 
     UserError if that run has another tokenizer, or nothing fits.
     """
@@ -148,9 +143,9 @@ def begin_with(method, config, out_dir):
 
 
 def cut_log(path, step):
-    """Creates log.jsonl, or drops a torn last line and the records after `step`, which will be written again.
+    """Creates log.jsonl, or drops a torn last line and the records after `step` from it.
 
-    UserError if it cannot be written.
+    These will be written again. UserError if it cannot be written.
     """
     try:
         with whole(path) as temp, open(temp, 'wb') as new:

@@ -1,9 +1,9 @@
 """
 Hyper-parameters: defaults from a dataclass of keys, overridden by a config file, then by --key=value.
 
-nanoGPT's "poor man's configurator" with three differences: a config file is read, not run, so it may hold
-only comments and assignments of numbers, strings, True and False; each key's rule stands beside its default;
-and a mistake ends with one line that says what would have been right.
+nanoGPT's "poor man's configurator" with three differences: a config file is read, not run, so it may
+hold only comments and assignments of numbers, strings, True and False; each key's rule stands beside its
+default; and a mistake ends with one line that says what would have been right.
 """
 import ast
 import dataclasses
@@ -37,9 +37,9 @@ def key(default, *, at_least=None, above=None, below=None, at_most=None,
     """A field of a dataclass of keys, with the rule for its values.
 
     at_least, above, below, at_most: bounds of a number;  choices: the strings that are allowed
-    only: {other key: a value, a tuple of values, or Not([values])}, the settings in which this key has an
-          effect, or a list of such dicts, any of which is enough. Elsewhere only the default is accepted.
-    meaning: whether a change gives trained weights another meaning, even though their shapes stay the same
+    only: {other key: a value, a tuple of values, or Not([values])}: the settings in which this key has an
+          effect; or a list of such dicts, any of which is enough. Elsewhere only the default is accepted.
+    meaning: whether a change gives trained weights another meaning, even if their shapes stay the same
     """
     rule = dict(at_least=at_least, above=above, below=below, at_most=at_most, choices=choices)
     return dataclasses.field(default=default, metadata={**rule, 'only': only, 'meaning': meaning})
@@ -109,9 +109,10 @@ class Keys:
         """The keys of a checkpoint, which are in `values` among others; those missing have their defaults.
 
         Keys without effect are accepted here, because the first edition accepted them in training.
+        ValueError for a value that breaks its rule, UserError for one of another type.
         """
-        keys = cls.__new__(cls)
-        vars(keys).update((k, values.get(k, default)) for k, default in defaults_of(cls).items())
+        keys, defaults = cls.__new__(cls), defaults_of(cls)
+        vars(keys).update((k, fit(k, values.get(k, default), default)) for k, default in defaults.items())
         if found := complaints(cls, vars(keys)):
             raise ValueError(found[0])
         return keys
@@ -209,9 +210,10 @@ def read_value(name, text, default):
 def configure(Keys, argv, methods=None):
     """All keys of a script, with the values that config file and command line give them -> one flat dict.
 
-    argv: at most one config file, and --key=value, or --key for a bool. A value has the type of its default.
+    argv: at most one config file, and --key=value, or --key for a bool. A value has its default's type.
     methods: {name: class with a Config}. If given, the key `method` names one, whose keys are added.
-    A config file NAME.py sets out_dir = out/NAME unless something else is given. UserError for any mistake.
+
+    A config file NAME.py sets out_dir = out/NAME unless out_dir is given. UserError for any mistake.
     """
     try:
         ''.join(argv).encode()
@@ -229,7 +231,8 @@ def configure(Keys, argv, methods=None):
         if method not in methods:
             raise UserError(f'there is no method {method}: {nearest(str(method), methods)}')
         groups.append(methods[method].Config)
-        known = {**method_keys(methods[method]), **known}
+        # if both have a key, the script's default counts
+        known = {**known, **method_keys(methods[method]), **known}
     for k in (*given, *flags):
         if k not in known:
             owners = ' and '.join(m for m in methods or () if k in method_keys(methods[m]))

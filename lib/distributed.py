@@ -1,7 +1,7 @@
 """
 Several processes that train as one: which of them this is, how they connect, and what they exchange.
 
-Without torchrun there is one process, and all of these functions work there, too.
+Without torchrun there is only one process, and the functions after `connect` exchange nothing.
 """
 import os
 import time
@@ -19,9 +19,9 @@ def rank_and_world():
 def connect(device):
     """Joins the processes that torchrun started into one group.
 
-    torchrun keeps one key-value store over all its restarts. There a process may find the address of one that
-    has died, and wait for it (pytorch issue 135712). So each attempt gets a prefix of its own: rank 0 draws
-    it, and tells each of the others under a name that this one has just drawn.
+    torchrun keeps one key-value store over all its restarts. There a process may find the address of one
+    that has died, and wait for it (pytorch issue 135712). So each attempt gets a prefix of its own:
+    rank 0 draws it and passes it to every other process, under a name that this process has just drawn.
     """
     store, rank, world = next(dist.rendezvous('env://'))
     prefix = name = uuid.uuid4().hex
@@ -41,9 +41,9 @@ def connect(device):
 def average_gradients(params, loss):
     """Averages the gradients over the processes, in place, and the loss, which is returned: one all_reduce.
 
-    DistributedDataParallel would have to be told which weights take part. Here a weight without a gradient
-    (in a frozen part, say) has none on any process: it is left out, and AdamW does not touch it. The price is
-    that communication does not overlap with the backward pass.
+    DistributedDataParallel would have to be told which weights take part. Here a weight without a
+    gradient (in a frozen part, say) has none on any process: it is left out, and AdamW does not touch
+    it. The price is that communication does not overlap with the backward pass.
     """
     if not dist.is_initialized():
         return loss

@@ -1,12 +1,12 @@
 """
 Frozen pretrained encoders: where LADD's text latents and LDLM's token states come from.
 
-    encoder = HubEncoder('Qwen/Qwen3-Embedding-0.6B', device)   a model of the Hugging Face hub, or its folder
+    encoder = HubEncoder('Qwen/Qwen3-Embedding-0.6B', device)   a model of the hub, or its folder
     encoder = RunEncoder(method, config)                        an AR run of ours, see methods.open_encoder
     states, summary = encoder(x)                                one state per token (b, L, width),
                                                                 and one for the whole text (b, width)
-They are neither trained nor stored in a checkpoint: a checkpoint keeps their name, and they are opened again
-when texts have to be encoded.
+They are neither trained nor stored in a checkpoint: a checkpoint keeps their name, and they are opened
+again when texts have to be encoded.
 """
 import math
 
@@ -34,14 +34,14 @@ def hub_model(auto, name, device, role):
                         f'--{role}=out/NAME') from e
     except Exception as e:  # the hub's layers each have exceptions of their own
         raise UserError(f'cannot load the {role} {name} ({first_line(e)}); without a network, give a folder '
-                        f'in the hub\'s format, --{role}=FOLDER, or an AR run of ours, --{role}=out/NAME') from e
+                        f'in the hub\'s format, --{role}=FOLDER, or an AR run, --{role}=out/NAME') from e
 
 
 class HubEncoder:
     """Any model of `transformers`, given texts with the special tokens that its tokenizer puts around them.
 
-    The summary is the state of the last of these: EOS for a decoder (for Qwen3-Embedding, that is the text's
-    embedding), [SEP] for a BERT (our choice).
+    The summary is the state of the last of these: EOS for a decoder (for Qwen3-Embedding, that is the
+    text's embedding), [SEP] for a BERT (our choice).
     """
 
     def __init__(self, name, device):
@@ -51,8 +51,8 @@ class HubEncoder:
         a = self.tokenizer.encode('a')
         at = next(i for i in range(len(around)) if around[i:i + len(a)] == a)
         self.before, self.after = around[:at], around[at + len(a):]
-        # some tokenizers, such as GPT-2's, put nothing after a text: then we add an EOS for the summary, or,
-        # if there is no EOS, take the state of the text's last token
+        # some tokenizers, such as GPT-2's, put nothing after a text: then we add an EOS for the summary,
+        # or, if there is no EOS, take the state of the text's last token
         self.eos = [self.tokenizer.eos_id] if not self.after and self.tokenizer.eos_id is not None else []
         config = self.model.config
         self.width, self.num_layers = config.hidden_size, config.num_hidden_layers
@@ -67,7 +67,7 @@ class HubEncoder:
 
         blank: bool (b, L), positions whose input embedding is zeroed
         layer: an index into the model's hidden states; -1 is its output
-        summary=False: the summary is not needed, so no EOS is added, and a text may fill the whole context
+        summary=False: no summary is needed, so no EOS is added, and a text may fill the whole context
         """
         def special(ids):
             return x.new_tensor(ids).expand(len(x), -1)
@@ -110,8 +110,8 @@ def check_tokenizer(encoder, data, summary=True):
             and ours.encode(probe) == theirs.encode(probe))
     if not same:
         raise UserError('encoder and data have different tokenizers, so the encoder would read a different '
-                        'text; prepare the data with --tokenizer=ENCODER, the same hub id or folder (for an '
-                        'AR run: the folder of its training data)')
+                        'text; prepare the data with --tokenizer=ENCODER, the same hub id or folder (for '
+                        'an AR run: the folder of its training data)')
     longest = encoder.max_tokens - len(encoder.eos) * summary
     if data.block_size > longest:
         raise UserError(f'the encoder reads at most {longest} tokens, but a sequence has '
@@ -121,8 +121,8 @@ def check_tokenizer(encoder, data, summary=True):
 def pool(states, summary, M):
     """States (b, L, w) and summary (b, w) of a text -> its M latents (b, M, w), LADD appendix D.
 
-    M = L: the states themselves. M < L: the means of M - 1 contiguous chunks of nearly equal size, and the
-    summary. (The released code for LM1B takes M chunks and no summary.)
+    M = L: the states themselves. M < L: the means of M - 1 contiguous chunks of nearly equal size, and
+    the summary. (The released code for LM1B takes M chunks and no summary.)
     """
     if M == states.shape[1]:
         return states

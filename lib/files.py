@@ -14,9 +14,9 @@ from lib.configurator import UserError
 def whole(*paths):
     """A context with a temporary name for each path: what is written there replaces the paths when it ends.
 
-    If it raises, the temporary files are removed and the old files stay. Of several paths the last one marks
-    a complete set: it is removed before the others are replaced and comes back last, so that it never stands
-    beside a mixture of old and new files. UserError if something cannot be written.
+    If it raises, the temporary files are removed and the old files stay. Of several paths the last one
+    marks a complete set: it is removed before the others are replaced and comes back last, so that it
+    never stands beside a mixture of old and new files. UserError if something cannot be written.
     """
     temps = [path + '.tmp' for path in paths]
     folder = os.path.dirname(paths[-1]) or '.'

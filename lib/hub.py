@@ -1,12 +1,12 @@
 """
 Published MDLM weights, such as kuleshov-group/mdlm-owt, converted to an MDLM of ours.
 
-The official network (`models/dit.py` of kuleshov-group/mdlm) and ours compute the same function, but their
-weights differ in three places:
+The official network (`models/dit.py` of kuleshov-group/mdlm) and ours compute the same function, but
+their weights differ in three places:
     LayerNorm   theirs has a gain w before AdaLN, which we fold into AdaLN's scale:
                 w (1 + scale) = 1 + scale'  with  scale' = w scale + w - 1
     head        theirs has a last row for [mask], whose probability SUBS sets to zero; we drop it
-    time        theirs is fed sigma, which `time_conditioning: false` sets to 0; ours is fed the same constant
+    time        theirs is fed sigma, which `time_conditioning: false` sets to 0; ours is always fed 0
 """
 import json
 import os
@@ -20,7 +20,7 @@ FILES = 'model.safetensors', 'pytorch_model.bin'
 
 
 def fetch(hub_id):
-    """A folder, or a hub id -> its config dict, its state dict. UserError if they cannot be had."""
+    """A folder, or a hub id -> its config dict, its state dict. UserError if they cannot be read."""
     if os.path.isdir(hub_id):
         there = [f for f in ('config.json', *FILES) if os.path.exists(os.path.join(hub_id, f))]
         if there[:1] != ['config.json'] or len(there) == 1:
@@ -60,7 +60,7 @@ def convert(state, num_layers):
             ours[f'dit.time.0.mlp.{i}.{kind}'] = theirs.pop(f'sigma_map.mlp.{i}.{kind}')
 
     def fold(source, target, **norms):
-        """norms: name of a LayerNorm -> which of AdaLN's chunks (shift, scale, gate, shift, ...) is its scale."""
+        """norms: a LayerNorm's name -> which of AdaLN's chunks (shift, scale, gate, ...) is its scale."""
         weight, bias = (theirs.pop(f'{source}.adaLN_modulation.{kind}') for kind in ('weight', 'bias'))
         for norm, i in norms.items():
             w = theirs.pop(f'{source}.{norm}.weight')
@@ -73,7 +73,8 @@ def convert(state, num_layers):
     for n in range(num_layers):
         block = f'dit.blocks.{n}.modalities.0'
         fold(f'blocks.{n}', f'{block}.ada', norm1=1, norm2=4)
-        for name, official in [('qkv', 'attn_qkv'), ('out', 'attn_out'), ('mlp.0', 'mlp.0'), ('mlp.2', 'mlp.2')]:
+        for name in ('qkv', 'out', 'mlp.0', 'mlp.2'):
+            official = name if 'mlp' in name else f'attn_{name}'
             for kind in ('weight', 'bias') if 'mlp' in name else ('weight',):
                 ours[f'{block}.{name}.{kind}'] = theirs.pop(f'blocks.{n}.{official}.{kind}')
     if theirs:
@@ -84,8 +85,8 @@ def convert(state, num_layers):
 def load_published(name, method='mdlm'):
     """A hub id, or a folder -> the flat config of an MDLM, its state dict.
 
-    The tokenizer is GPT-2's, and a sequence is BOS ... EOS. UserError if the weights cannot be fetched, are
-    not an MDLM in the official layout, or `method` is another one.
+    The tokenizer is GPT-2's, and a sequence is BOS ... EOS. UserError if the weights cannot be fetched,
+    are not an MDLM in the official layout, or `method` is another one.
     """
     if method != 'mdlm':
         raise UserError(f'{name} holds no run of ours, and published weights are for mdlm, not for {method}')

@@ -63,8 +63,8 @@ class Log:
     def step(self, done, tokens, lr, logs, numbers):
         """Records a step; exits if 3 steps in a row were not finite.
 
-        logs, numbers: {name: scalar on the device}, of this process and of the run. Reading them is the only
-        place where the host waits for the device.
+        logs, numbers: {name: scalar on the device}, of this process and of the run. Reading them is the
+        only place where the host waits for the device.
         """
         means = summed(torch.stack([v.float() for v in logs.values()])) / self.trainer.world
         logs = dict(zip(logs, means.tolist()))

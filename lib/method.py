@@ -1,17 +1,17 @@
 """
 What a method is: everything that train.py, sample.py, eval.py and bench.py ask of one.
 
-The defaults describe a method with one denoiser, `dit`, and one way to sample. So no script has to probe for
-attributes or signatures, and none needs to know a method by name. A subclass has a dataclass Config, whose
-instance it is built from, and
+The defaults describe a method with one denoiser, `dit`, and one way to sample. So no script has to probe
+for attributes or signatures, and none needs to know a method by name. A subclass has a dataclass Config,
+whose instance it is built from, and
 
-    forward(x, noise, [z_0])             training loss of x (b, L) int64, a scalar, and logs, a dict of scalars;
+    forward(x, noise, [z_0])             training loss of x (b, L) int64, and logs {name: scalar};
                                          z_0 (b, M, D): stored latents, if it trains on them
     nll_parts(x, noise, strategy, z_0)   one estimate of nll, in parts: {name: nats per sequence (b,)}
     sample(n, steps, strategy, sampler, generator=, callback=, **options)
                                          -> ids (n, L) after `steps` denoiser calls for the tokens;
                                          ValueError for an unknown strategy, sampler, option or value
-    training_flops(L)                    useful FLOPs of a training step per sequence, with the head: see bench.py
+    training_flops(L)                    useful FLOPs of a training step per sequence, see bench.py
 """
 import torch
 import torch.nn as nn
@@ -49,7 +49,7 @@ class Method(nn.Module):
     def begin_step(self, step, noise, draw_rows):
         """Called before a training step. May return a message to print, about what begins here.
 
-        draw_rows(n) -> ids (n, L) and stored latents, if any, of n training rows, also more than a batch has.
+        draw_rows(n) -> ids (n, L) and stored latents, if any, of n training rows; n may exceed the batch.
         """
 
     def end_step(self, finite, noise):
@@ -57,7 +57,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def nll(self, x, noise=None, draws=1, z_0=None):
-        """-log p(x) of x (b, L), or what `likelihood` names instead: nats (b,), the mean of `draws` estimates.
+        """-log p(x), or what `likelihood` names instead: x (b, L) -> nats (b,), a mean over `draws`.
 
         noise: for times and masks; without it, they are the same in every call.
         """
@@ -65,12 +65,13 @@ class Method(nn.Module):
         return sum(sum(self.nll_parts(x, noise.draw(i), z_0=z_0).values()) for i in range(draws)) / draws
 
     def sampling_options(self, strategy='', sampler='', **given):
-        """-> all options of `sample` for a strategy and a sampler ('': the first one), with defaults filled in.
+        """-> all options of `sample`, with defaults filled in. strategy, sampler: '' is the first one.
 
         ValueError for an unknown name, or a value that breaks its rule.
         """
         choice, rules = {}, {}
-        for kind, name, table in (('strategy', strategy, self.strategies), ('sampler', sampler, self.samplers)):
+        for kind, name, table in (('strategy', strategy, self.strategies),
+                                  ('sampler', sampler, self.samplers)):
             choice[kind] = name or next(iter(table))
             if choice[kind] not in table:
                 raise ValueError(f'{self.name} has no {kind} {name!r}; it has: {", ".join(table)}')
@@ -88,7 +89,7 @@ class Method(nn.Module):
         return [self.dit]
 
     def flops(self, L):
-        """Forward FLOPs of one denoiser call, counted as in the papers: one per multiply-add, without the head."""
+        """Forward FLOPs of a denoiser call, counted as in the papers: one per multiply-add, no head."""
         return self.dit.flops(L)
 
     def denoiser_calls(self, steps, **options):

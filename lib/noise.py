@@ -1,10 +1,10 @@
 """
 Random numbers that depend on (seed, step, global row) and on nothing else.
 
-The data, times and masks of a training step are drawn here. A process that holds the rows r, r+W, r+2W, ...
-of the global batch draws exactly the numbers that a single process would draw for them, on any device. So k
-processes with b rows each equal one process with kb rows, a run may resume on a different number of
-processes, and a checkpoint needs no random state.
+The data, times and masks of a training step are drawn here. A process that holds the rows r, r+W, r+2W,
+... of the global batch draws exactly the numbers that a single process would draw for them, on any
+device. So k processes with b rows each equal one process with kb rows, a run may resume on a different
+number of processes, and a checkpoint needs no random state.
 """
 import math
 import zlib
@@ -35,8 +35,9 @@ def name_key(name):
 class Noise:
     """The randomness of one training step, or of one evaluation, for the rows that this process holds.
 
-    seed, step: ints;  rows: int64 (b,), the rows' numbers in the global batch, which has `total` rows. Every
-    draw has a name: the same name gives the same numbers again, different names give independent numbers.
+    seed, step: ints;  rows: int64 (b,), the rows' numbers in the global batch, which has `total` rows
+
+    Every draw has a name: the same name gives the same numbers again, other names independent ones.
     """
 
     def __init__(self, seed, step, rows, total):
@@ -45,7 +46,7 @@ class Noise:
         self.keys = rows.new_full((), seed), rows.new_full((), step)
 
     def _bits(self, name, rows, shape=()):
-        """64 random bits each, int64 (len(rows), *shape)."""
+        """Random bits, int64 (len(rows), *shape)."""
         seed, step = self.keys
         key = hash64(hash64(hash64(torch.full_like(seed, name_key(name))) + seed) + step)
         row_keys = hash64(key + hash64(rows + 1))
@@ -66,10 +67,10 @@ class Noise:
     def times(self, name, shuffled=True):
         """Low-discrepancy times (Kingma et al., 2021): t_b = (u + pi(b) / B) mod 1, float32 (b,).
 
-        B is the size of the *global* batch: each of B equal strata has one time. pi is a new permutation for
-        each name, or the identity with shuffled=False, which makes the rows r, r+W, r+2W, ... a low-discrepancy
-        batch of their own. Of two channels, at most one may be unshuffled: otherwise their times would differ
-        by one constant throughout the batch.
+        B is the size of the *global* batch: each of B equal strata has one time. pi is a new permutation
+        for each name, or the identity with shuffled=False, which makes the rows r, r+W, r+2W, ... a
+        low-discrepancy batch of their own. Of two channels, at most one may be unshuffled: otherwise
+        their times would differ by one constant throughout the batch.
         """
         stratum = self.permutation(name, self.total)[self.rows] if shuffled else self.rows
         offset = unit(self._bits(name + ' offset', self.rows.new_zeros(1)))

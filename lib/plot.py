@@ -45,12 +45,14 @@ class FrontierConfig(Config):
 # ------------------------------------------------------------------------------------------------------------
 # for every table and figure
 
-def written(mean, deviation=np.nan):
-    """A number to four digits, with its standard deviation if there is one."""
-    if np.isnan(mean):
+def written(value, deviation=np.nan):
+    """A cell of a table: a number to four digits, with its standard deviation if there is one; text; or None."""
+    if value is None or isinstance(value, str):
+        return value or ''
+    if np.isnan(value):
         return 'n/a'
-    spread = f'±{deviation:.2g}' if deviation > 1e-9 * mean else ''
-    return (f'{mean:.4g}' if mean < 1e4 else f'{mean:.0f}') + spread
+    spread = f'±{deviation:.2g}' if deviation > 1e-9 * value else ''
+    return (f'{value:.4g}' if value < 1e4 else f'{value:.0f}') + spread
 
 
 def print_table(title, columns, rows, out):

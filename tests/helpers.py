@@ -181,3 +181,32 @@ def fails(script, monkeypatch, capsys, *argv):
     assert e.value.code == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1
     assert state() == before
     return err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# every method on the toy data, and what may interrupt it
+
+TWO_STAGES = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--codebook_size=4',
+              '--latent_dim=4', '--num_latents=2', '--encoder_layers=1', '--vq_start=5', '--stage1_iters=20']
+# every part of the state that is more than weights has its turn: k-means, the moving codebook, both stages,
+# new times
+TOY_METHODS = {
+    'mdlm': [],
+    'co_ladd': ['--method=ladd', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1',
+                '--times=independent', '--stage1_iters=3'],
+    'di_ladd': [*TWO_STAGES, '--vq_start=2', '--stage1_iters=6'],
+    'ldlm': ['--method=ldlm', '--token_encoder=scratch', '--reconstruction=ce', '--latent_dim=16',
+             '--latent_layers=1', '--decoder_layers=1', '--adaptive_bins=4', '--adaptive_every=3',
+             '--encoder_warmup=6'],
+}
+
+
+def at_step(monkeypatch, Method, step, action):
+    """Calls action() at the beginning of a training step's forward pass."""
+    forward = Method.forward
+
+    def wrapped(self, x, noise):
+        if noise.step == step and self.training:
+            action()
+        return forward(self, x, noise)
+    monkeypatch.setattr(Method, 'forward', wrapped)

@@ -6,37 +6,56 @@ import sys
 
 import pytest
 import torch
+from helpers import make
 
 import bench
 import mdlm
-from lib.checkpoint import build
+import train
 from lib.configurator import UserError
+from methods import build
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--batch_size=4', '--iters=2', '--device=cpu', '--steps=4']
+TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--batch_size=4', '--iters=2',
+        '--device=cpu', '--steps=4']
+RANDOM = ['--vocab_size=50', '--block_size=16']
 
 
 def go(*args):
+    """bench.py in processes of its own."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *TINY, *args], capture_output=True, text=True, env=env, timeout=300)
+    command = [sys.executable, os.path.join(ROOT, 'bench.py'), *TINY, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
-LDLM = ['--method=ldlm', '--token_encoder=scratch', '--reconstruction=ce', '--latent_dim=16', '--latent_layers=1', '--decoder_layers=1']
-DI_LADD = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--num_latents=4', '--latent_dim=4', '--codebook_size=7', '--encoder=out/never_opened',
-           '--stored_latents=True', '--stage1_iters=0']
+def measure(capsys, *args, variant='eager'):
+    """One variant in this process -> its dict."""
+    bench.main([*TINY, f'--variant={variant}', *args])
+    return json.loads(capsys.readouterr().out)
+
+
+LDLM = ['--method=ldlm', '--token_encoder=scratch', '--reconstruction=ce', '--latent_dim=16',
+        '--latent_layers=1', '--decoder_layers=1']
+DI_LADD = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--num_latents=4', '--latent_dim=4',
+           '--codebook_size=7', '--encoder=out/never_opened', '--stored_latents=True', '--stage1_iters=0']
 BLOCK = 12 * 16**2 + 2 * 32 * 16  # multiply-adds of a block of width 16, per token of 32
+MULTIPLY_ADDS = {
+    'mdlm': (['--method=mdlm'], BLOCK + 0.5 * 16 * 100),
+    'ar': (['--method=ar'], BLOCK + 16 * 100),
+    'di_ladd': (DI_LADD, (12 * 36 * 16**2 + 2 * 36**2 * 16) / 32 + 0.5 * 16 * 100),
+    # denoiser, and a third of it for self-conditioning; encoder and decoder, which read keys of twice the places
+    # through two more projections; token decoder; head
+    'ldlm': (LDLM, BLOCK * 4 / 3 + 2 * (14 * 16**2 + 4 * 32 * 16) + (16 * 16**2 + 2 * 32 * 16) + 16 * 100)}
 
 
-@pytest.mark.parametrize('args, multiply_adds', [
-    (['--method=mdlm'], BLOCK + 0.5 * 16 * 100), (['--method=ar'], BLOCK + 16 * 100), (DI_LADD, (12 * 36 * 16**2 + 2 * 36**2 * 16) / 32 + 0.5 * 16 * 100),
-    # denoiser, and a third of it for self-conditioning; encoder and decoder read keys of twice the places, with two more projections; token decoder; head
-    (LDLM, BLOCK * 4 / 3 + 2 * (14 * 16**2 + 4 * 32 * 16) + (16 * 16**2 + 2 * 32 * 16) + 16 * 100)], ids=['mdlm', 'ar', 'di_ladd', 'ldlm'])
-def test_it_prints_what_it_promises(args, multiply_adds):
+@pytest.mark.parametrize('name', MULTIPLY_ADDS)
+def test_it_prints_what_it_promises(name):
+    args, multiply_adds = MULTIPLY_ADDS[name]
     done = go(*args, '--vocab_size=100', '--block_size=32', '--num_samples=1')
     assert done.returncode == 0, done.stderr
     lines, method = done.stdout.splitlines(), args[0].partition('=')[2]
     assert lines[0] == f'{method}, 1 layers of width 16, L = 32, V = 100, batch 4, bfloat16'
-    assert lines[1].startswith(f'{6 * multiply_adds / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: cpu (1 threads)')
+    assert lines[1].startswith(f'{6 * multiply_adds / 1e9:.3g} training GFLOPs per token; '
+                               'peak assumed for MFU: cpu (1 threads)')
     assert lines[2].split() == ['eager', 'full', 'head', 'ratio']
     rows = {re.split(r'\s{2,}', line.strip())[0]: line.split() for line in lines[3:]}
     assert list(rows)[0] == 'training, tokens/s' and len(rows) == (6 if method == 'ladd' else 5)
@@ -45,36 +64,97 @@ def test_it_prints_what_it_promises(args, multiply_adds):
 
 
 def test_a_variant_is_a_dict_of_numbers():
-    done = go('--vocab_size=50', '--block_size=16', '--variant=eager')
-    result = json.loads(done.stdout)
-    assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling joint'} and all(v > 0 for v in result.values())
+    result = json.loads(go(*RANDOM, '--variant=eager').stdout)
+    assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling joint'}
+    assert all(v > 0 for v in result.values())
     assert 1e8 < result['gradient_memory'] <= result['memory'] < 1e10
+
+
+def test_the_step_is_that_of_train(monkeypatch, capsys):
+    """It measures Trainer.step: two steps without AdamW's state and averaged weights, then one, then those timed."""
+    steps, step = [], train.Trainer.step
+
+    def recording(self, number, batch, draw_rows):
+        params, state = list(self.method.parameters()), self.optimizer.state
+        numbers = step(self, number, batch, draw_rows)[1]
+        averages = [e for e in self.ema if all(e is not p for p in params)]
+        steps.append((number, len(averages), len(state), len(params), bool(numbers['loss'].isfinite())))
+        return numbers, {}
+    monkeypatch.setattr(train.Trainer, 'step', recording)
+    measure(capsys, *RANDOM, '--num_samples=0', '--micro_batch=2')
+    assert [s[0] for s in steps] == [0, 1, 2, 3, 4] and all(s[4] for s in steps)
+    assert [s[1:3] for s in steps[:2]] == [(0, 0)] * 2
+    assert [s[1:3] for s in steps[2:]] == [(steps[0][3], steps[0][3])] * 3
 
 
 def test_the_first_column_is_compiled_if_the_config_says_so(monkeypatch, capsys):
     """And a variant that fails, for want of memory, is a dash."""
-    fast, slow = ({'tokens_per_s': v, 'gradient_memory': 1e9, 'memory': 2e9, 'sampling joint': 1.0} for v in (300.0, 100.0))
-    monkeypatch.setattr(bench, 'in_its_own_process', lambda argv, variant: {'compiled': fast, 'eager': slow, 'full': {}}[variant])
+    fast, slow = ({'tokens_per_s': v, 'gradient_memory': 1e9, 'memory': 2e9, 'sampling joint': 1.0}
+                  for v in (300.0, 100.0))
+    results = {'compiled': fast, 'eager': slow, 'full': {}}
+    monkeypatch.setattr(bench, 'in_its_own_process', lambda argv, variant: results[variant])
     monkeypatch.setattr(bench, 'peak_flops', lambda device, dtype: (1e12, 'not measured'))
-    bench.main([*TINY, '--vocab_size=50', '--block_size=16', '--compile=True'])
+    bench.main([*TINY, *RANDOM, '--compile=True'])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split() == ['compiled', 'eager', 'full', 'head', 'ratio'] and lines[3].split() == ['training,', 'tokens/s', '300', '100', '-', '3x']
+    assert lines[2].split() == ['compiled', 'eager', 'full', 'head', 'ratio']
+    assert lines[3].split() == ['training,', 'tokens/s', '300', '100', '-', '3x']
     monkeypatch.setattr(bench, 'in_its_own_process', lambda argv, variant: {})
     with pytest.raises(UserError, match='failed for the reason above'):
-        bench.main([*TINY, '--vocab_size=50', '--block_size=16'])
+        bench.main([*TINY, *RANDOM])
 
 
 def test_it_compiles_what_train_compiles(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(type(self).__name__))
     for variant in ('eager', 'compiled'):
-        bench.main([*TINY, '--compile=True', '--vocab_size=50', '--block_size=16', f'--variant={variant}', '--num_samples=0'])
+        measure(capsys, *RANDOM, '--compile=True', '--num_samples=0', variant=variant)
     assert compiled == ['DiT']
 
 
+@pytest.mark.parametrize('args', [
+    ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--num_latents=2', '--latent_dim=4',
+     '--codebook_size=3', '--stage1_iters=9', '--encoder=out/ar'],
+    ['--method=ldlm', '--token_encoder=out/ar', '--layer=-1', '--latent_dim=16', '--latent_layers=1',
+     '--decoder_layers=1']], ids=['di_ladd', 'ldlm'])
+def test_a_frozen_encoder_runs_without_data(args, tmp_path, monkeypatch, capsys):
+    """Random tokens have no tokenizer that could differ from the encoder's."""
+    monkeypatch.chdir(tmp_path)
+    make('ar', 'out/ar')
+    result = measure(capsys, *args, '--vocab_size=9', '--block_size=12', '--num_samples=0')
+    assert result['tokens_per_s'] > 0
+
+
+def test_the_size_of_a_data_set_is_its_own(capsys):
+    result = measure(capsys, '--dataset=sawtooth', '--num_samples=0', '--iters=1')
+    assert result['tokens_per_s'] > 0
+
+
+def test_a_clock_that_stands_still(monkeypatch, capsys):
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: 1.0)
+    assert measure(capsys, *RANDOM, '--num_samples=1')['tokens_per_s'] > 0
+    assert bench.peak_flops(torch.device('cpu'), torch.float32)[0] > 0
+
+
+def test_where_memory_is_not_known(monkeypatch, capsys):
+    """Windows has no module `resource`: the lines about memory are left out."""
+    monkeypatch.setitem(sys.modules, 'resource', None)
+    result = measure(capsys, *RANDOM, '--num_samples=0')
+    assert result['memory'] is None and result['gradient_memory'] is None
+    monkeypatch.setattr(bench, 'in_its_own_process', lambda argv, variant: result)
+    monkeypatch.setattr(bench, 'peak_flops', lambda device, dtype: (1e12, 'not measured'))
+    bench.main([*TINY, *RANDOM])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[3:]] == ['training,', 'training,']
+
+
 def test_mistakes():
-    for args, message in [(['--vocab_size=100'], 'want a block_size'), (['--dataset=nowhere'], '--vocab_size=50257 for random tokens'),
-                          (['--method=ldlm', '--stage=autoencoder'], '--stage=joint')]:
+    for args, message in [
+            (['--vocab_size=100'], 'need a block_size'),
+            (['--dataset=nowhere'], '--vocab_size=50257 for random tokens'),
+            (['--method=ldlm', *RANDOM, '--stage=autoencoder', '--encoder_warmup=0'], 'counted for stage=joint'),
+            ([*RANDOM, '--iters=0'], 'iters must be at least 1, not 0'),
+            ([*RANDOM, '--variant=fast'], 'variant is one of'),
+            ([*RANDOM, '--micro_batch=3'], 'micro_batch=3 does not divide')]:
         with pytest.raises(UserError, match=message):
             bench.main([*TINY, *args])
 
@@ -82,13 +162,15 @@ def test_mistakes():
 def test_reference_sampler_has_the_law_of_ours():
     """Marginal of the tokens after all steps, for a network that ignores its input but for the position."""
     torch.manual_seed(0)
-    method = build(dict(method='mdlm', vocab_size=3, block_size=4, hidden=8, num_layers=1, num_heads=1, cond_dim=4)).eval()
+    method = build(dict(method='mdlm', vocab_size=3, block_size=4, hidden=8, num_layers=1, num_heads=1,
+                        cond_dim=4)).eval()
     torch.nn.init.normal_(method.head.bias)
     torch.nn.init.zeros_(method.head.weight)
     p = method.head.bias.softmax(dim=0)
-    x = bench.full_sample(method, torch.full((5000, 4), 3), mdlm.alpha(mdlm.time_grid(4)), 4)
+    alphas = mdlm.alpha(mdlm.time_grid(4))
+    x = bench.full_sample(method, torch.full((5000, 4), 3), alphas, 4)
     for sample in (x, method.sample(5000, 4)):
         counts = torch.bincount(sample.flatten(), minlength=4)
         assert counts[3] == 0 and ((counts[:3] - 20000 * p) ** 2 / (20000 * p)).sum() < 20
-    x = bench.full_sample(method, torch.full((5000, 4), 3), mdlm.alpha(mdlm.time_grid(4)), 1)
+    x = bench.full_sample(method, torch.full((5000, 4), 3), alphas, 1)
     assert (x == 3).float().mean().item() == pytest.approx(0.75, abs=0.02)

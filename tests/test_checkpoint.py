@@ -1,4 +1,6 @@
+"""lib/checkpoint.py, files.py and device.py: what is written whole or not at all, and read without risk."""
 import errno
+import json
 import os
 import pickle
 import subprocess
@@ -6,43 +8,56 @@ import sys
 
 import pytest
 import torch
+from helpers import TOY_METHODS, disk_full, go, open_toy, same, weights
 
+import train
 from lib import checkpoint
-from lib import configurator
-import mdlm
-from lib.configurator import UserError
-from test_bad_days import disk_full
+from lib.configurator import UserError, configure
+from lib.device import compile_in_place, pick_device
+from lib.files import append, read_lines, whole
+from mdlm import MDLM
+from methods import METHODS, build, open_run
 
-CONFIG = dict(method='mdlm', vocab_size=3, block_size=8, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', learning_rate=1e-3)
+CONFIG = dict(method='mdlm', vocab_size=3, block_size=8, hidden=16, num_layers=1, num_heads=2, cond_dim=8,
+              dataset='toy', learning_rate=1e-3)
 
 
 def make(step=1):
     torch.manual_seed(step)
-    method = checkpoint.build(CONFIG)
-    return {'format': 1, 'config': CONFIG, 'model': method.state_dict(), 'ema': {k: p.detach() + 1 for k, p in method.named_parameters()},
-            'optimizer': {}, 'step': step, 'tokens': 8 * step}
+    method = build(CONFIG)
+    return {'config': CONFIG, 'model': method.state_dict(),
+            'ema': {k: p.detach() + 1 for k, p in method.named_parameters()}, 'optimizer': {}, 'step': step,
+            'tokens': 8 * step}
 
 
 def test_out_dir_to_method(tmp_path):
     saved = make()
     checkpoint.save(str(tmp_path / 'ckpt.pt'), saved)
-    assert os.listdir(tmp_path) == ['ckpt.pt']
-    method, loaded = checkpoint.load_method(str(tmp_path), 'cpu')
-    assert isinstance(method, mdlm.MDLM) and not method.training and loaded['config'] == CONFIG and loaded['step'] == 1
+    assert os.listdir(tmp_path) == ['ckpt.pt'] and checkpoint.load(str(tmp_path / 'ckpt.pt'))['format'] == 2
+    method, config = open_run(str(tmp_path), 'cpu')
+    assert isinstance(method, MDLM) and not method.training and config == {**CONFIG, 'step': 1}
     for name, p in method.named_parameters():  # the averaged weights
         assert torch.equal(p, saved['model'][name] + 1)
 
 
 def test_keys_of_a_method():
-    fields = configurator.method_fields('mdlm')
-    assert 'hidden' in fields and 'vocab_size' not in fields
+    config = configure(train.Config, [], METHODS)
+    assert 'hidden' in config and 'vocab_size' not in config
     with pytest.raises(UserError, match='no method mdml: did you mean mdlm'):
-        configurator.method_fields('mdml')
+        configure(train.Config, ['--method=mdml'], METHODS)
+    with pytest.raises(UserError, match='no method mdml; there are: mdlm'):
+        build({**CONFIG, 'method': 'mdml'})
+    for wrong in (dict(hidden=0), dict(num_heads='x'), dict(dropout=None)):
+        with pytest.raises(UserError, match=[*wrong][0]):
+            build({**CONFIG, **wrong})
 
+
+# ------------------------------------------------------------------------------------------------------------
+# what is no checkpoint
 
 def test_no_checkpoint_names_the_command(tmp_path):
     with pytest.raises(UserError, match='python train.py config/'):
-        checkpoint.load_method(str(tmp_path / 'nothing'), 'cpu')
+        open_run(str(tmp_path / 'nothing'), 'cpu')
 
 
 def spoil_cut(path):
@@ -70,17 +85,22 @@ def spoil_version(path):
     torch.save({**make(), 'format': 99}, path)
 
 
+def spoil_first_format(path):
+    torch.save({**make(), 'format': 1, 'optimizer': {99: {}}}, path)
+
+
 def spoil_shape(path):
-    torch.save({**make(), 'model': {'x': torch.zeros(2)}}, path)
+    torch.save({'format': 2, **make(), 'model': {'x': torch.zeros(2)}}, path)
 
 
-@pytest.mark.parametrize('spoil', [spoil_cut, spoil_empty, spoil_text, spoil_foreign, spoil_list, spoil_version, spoil_shape])
+@pytest.mark.parametrize('spoil', [spoil_cut, spoil_empty, spoil_text, spoil_foreign, spoil_list,
+                                   spoil_version, spoil_first_format, spoil_shape])
 def test_what_is_no_checkpoint_gets_one_line(tmp_path, spoil):
     path = str(tmp_path / 'ckpt.pt')
     checkpoint.save(path, make())
     spoil(path)
     with pytest.raises(UserError, match='ckpt.pt'):
-        checkpoint.load_method(str(tmp_path), 'cpu')
+        open_run(str(tmp_path), 'cpu')
 
 
 class Bomb:
@@ -90,13 +110,81 @@ class Bomb:
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.setenv('BOMB', str(tmp_path / 'bomb'))
-    torch.save({**make(), 'optimizer': Bomb()}, tmp_path / 'a.pt')
+    torch.save({'format': 2, **make(), 'optimizer': Bomb()}, tmp_path / 'a.pt')
     (tmp_path / 'b.pt').write_bytes(pickle.dumps(Bomb(), protocol=2))
     for name in 'a.pt', 'b.pt':
         with pytest.raises(UserError):
             checkpoint.load(str(tmp_path / name))
     assert not (tmp_path / 'bomb').exists()
 
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints of the first edition
+
+def test_format_1_is_converted_on_load(tmp_path):
+    """Optimizer states by number, matrices first, become states by name; all else stays."""
+    shapes = {'z_mask': (4,), 'embed.weight': (5, 3), 'head.bias': (5,), 'head.weight': (5, 3),
+              'dit.queries': (2, 2, 3), 'norm.weight': (3,), 'scale': ()}
+    ema = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
+    buffers = {'quantizer.codebook': torch.ones(5, 4), 'quantizer.counts': torch.ones(5)}
+    numbered = ['embed.weight', 'head.weight', 'dit.queries',  # more than one dimension
+                'z_mask', 'head.bias', 'norm.weight', 'scale']
+    states = {i: {'step': torch.tensor(7.0), 'exp_avg': ema[name] * 10} for i, name in enumerate(numbered)}
+    del states[1]  # a weight that has never had a gradient has no state
+    old = {'format': 1, 'config': {'method': 'ladd'}, 'model': {**ema, **buffers}, 'ema': ema,
+           'optimizer': states, 'step': 7, 'tokens': 99}
+    torch.save(old, tmp_path / 'ckpt.pt')
+
+    new = checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    assert new.keys() == old.keys() and new['format'] == 2
+    assert all(new[k] == old[k] for k in ('config', 'step', 'tokens'))
+    assert same(new['model'], old['model']) and same(new['ema'], old['ema'])
+    assert new['optimizer'].keys() == new['ema'].keys() - {'head.weight'}
+    for name, state in new['optimizer'].items():
+        assert state['step'] == 7 and torch.equal(state['exp_avg'], new['ema'][name] * 10)
+
+
+def as_format_1(new):
+    """What the first edition would have written in place of this checkpoint."""
+    matrices, vectors = ([name for name, w in new['ema'].items() if (w.dim() > 1) == wide]
+                         for wide in (True, False))
+    numbers = {name: i for i, name in enumerate(matrices + vectors)}
+    return {**new, 'format': 1,
+            'optimizer': {numbers[name]: state for name, state in new['optimizer'].items()}}
+
+
+@pytest.mark.parametrize('name', TOY_METHODS)
+def test_a_run_of_the_first_edition_continues_exactly(name, tmp_path, monkeypatch):
+    """Within stage 1, where the quantizer moves, and beyond."""
+    monkeypatch.setattr(train, 'open_data', open_toy)
+    monkeypatch.chdir(tmp_path)
+    args = [*TOY_METHODS[name], '--eval_interval=100']
+    expected = go('whole', *args, '--max_iters=8')
+    go('a', *args, '--max_iters=4')
+    torch.save(as_format_1(checkpoint.load('a/ckpt.pt')), 'a/ckpt.pt')
+    open_run('a', 'cpu')
+    assert go('a', *args, '--max_iters=8') == expected and same(weights('a'), weights('whole'))
+
+
+def test_keys_that_had_no_effect_do_not_stop_a_run_of_the_first_edition(tmp_path, monkeypatch):
+    """It accepted them. Now training refuses them, but continues, and opens, a run that was given some."""
+    monkeypatch.setattr(train, 'open_data', open_toy)
+    monkeypatch.chdir(tmp_path)
+    args = [*TOY_METHODS['di_ladd'], '--eval_interval=100']
+    go('a', *args, '--max_iters=3')
+    old = as_format_1(checkpoint.load('a/ckpt.pt'))
+    old['config'].update(unit_norm=False, latent_length=3.0, p_drop=0.5)
+    torch.save(old, 'a/ckpt.pt')
+    assert open_run('a', 'cpu')[0].config.p_drop == 0.5
+    with pytest.raises(UserError, match="p_drop=0.5 has no effect with latent='discrete'"):
+        go('a', *args, '--max_iters=4', '--p_drop=0.5')
+    with pytest.raises(UserError, match='holds a run with num_heads=2, not num_heads=4'):
+        go('a', *args, '--max_iters=4', '--num_heads=4')  # of the same shapes, but with another meaning
+    assert len(go('a', *args, '--max_iters=4')) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# written whole or not at all
 
 def test_a_failed_write_keeps_the_old_one(tmp_path, monkeypatch):
     path = str(tmp_path / 'ckpt.pt')
@@ -111,18 +199,22 @@ def test_a_failed_write_keeps_the_old_one(tmp_path, monkeypatch):
                 checkpoint.save(path, make(2))
         assert os.listdir(tmp_path) == ['ckpt.pt'] and checkpoint.load(path)['step'] == 1
     with pytest.raises(UserError, match='cannot write .*there is none before it'):
-        checkpoint.save(str(tmp_path / 'nowhere' / 'ckpt.pt'), make())
+        checkpoint.save(path + '/ckpt.pt', make())  # where a folder cannot be
+    checkpoint.save(str(tmp_path / 'a' / 'new' / 'ckpt.pt'), make())
+    assert checkpoint.load(str(tmp_path / 'a' / 'new' / 'ckpt.pt'))['step'] == 1
 
 
 def test_full_disk_and_kill_inside_the_write(tmp_path):
-    """The real thing in another process: writes beyond 20 kB fail; then a process that dies in the middle of a write."""
+    """The real thing in a process of its own: a disk that ends at 20 kB; then a kill within the write."""
     path = str(tmp_path / 'ckpt.pt')
     checkpoint.save(path, make(1))
-    setup = f'import sys; sys.path[:0] = {sys.path!r}; import os, resource, signal, torch, checkpoint, test_checkpoint, configurator; '
+    setup = (f'import sys; sys.path[:0] = {sys.path!r}; import os, resource, signal, torch, test_checkpoint; '
+             'from lib import checkpoint, configurator; ')
     limit = 'resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); '
     write = f'configurator.run(lambda argv: checkpoint.save({path!r}, test_checkpoint.make(2)))'
     r = subprocess.run([sys.executable, '-c', setup + limit + write], capture_output=True, text=True)
-    assert (r.returncode, r.stderr.count('\n')) == (2, 1) and 'the one before it is kept' in r.stderr, r.stderr
+    assert (r.returncode, r.stderr.count('\n')) == (2, 1), r.stderr
+    assert 'the one before it is kept' in r.stderr
     assert os.listdir(tmp_path) == ['ckpt.pt'] and checkpoint.load(path)['step'] == 1
 
     kill = 'os.fsync = lambda fd: (os.truncate(fd, 1000), os.kill(os.getpid(), signal.SIGKILL)); '
@@ -132,37 +224,115 @@ def test_full_disk_and_kill_inside_the_write(tmp_path):
     assert os.listdir(tmp_path) == ['ckpt.pt'] and checkpoint.load(path)['step'] == 3
 
 
+def test_of_several_files_the_last_one_marks_the_set(tmp_path, monkeypatch):
+    """Wherever a kill falls between the renames, there is the new set, or a folder without the mark."""
+    monkeypatch.chdir(tmp_path)
+    names = ('a', 'b', 'mark')
+
+    def write(text):
+        with whole(*names) as temps:
+            for temp in temps:
+                with open(temp, 'w') as f:
+                    f.write(text)
+
+    class Killed(BaseException):
+        pass
+    seen, replace = set(), os.replace
+    for survived in range(4):
+        def dies(*args, left=[survived]):  # noqa: B006
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            replace(*args)
+        write('old')
+        with monkeypatch.context() as m:
+            m.setattr(os, 'replace', dies)
+            try:
+                write('new')
+            except Killed:
+                assert survived < 3
+        there = {name: open(name).read() for name in names if os.path.exists(name)}
+        assert 'mark' not in there or len(set(there.values())) == 1
+        seen.add(there.get('mark'))
+        assert not [name for name in os.listdir() if name.endswith('.tmp')]
+    assert seen == {None, 'new'}
+    write('old')
+    with pytest.raises(Killed), whole(*names) as temps:
+        with open(temps[0], 'w') as f:
+            f.write('half')
+        raise Killed
+    assert sorted(os.listdir()) == sorted(names) and {open(name).read() for name in names} == {'old'}
+
+
 def test_lines_are_appended_whole_or_not_at_all(tmp_path):
     path = str(tmp_path / 'a.jsonl')
-    checkpoint.append(path)
+    append(path)
     assert os.path.getsize(path) == 0
-    checkpoint.append(path, {'a': 1, 'b': float('nan')}, {'a': 2})
+    append(path, {'a': 1, 'b': float('nan')}, {'a': 2})
     with disk_full(40), pytest.raises(UserError, match=r'cannot write .*a.jsonl \(the disk is full\)'):
-        checkpoint.append(path, {'a': 'x' * 40})
-    checkpoint.append(path, {'a': 3})
+        append(path, {'a': 'x' * 40})
+    append(path, {'a': 3})
     assert open(path).read() == '{"a": 1, "b": null}\n{"a": 2}\n{"a": 3}\n'
     with pytest.raises(UserError, match='cannot write .*No such file'):
-        checkpoint.append(str(tmp_path / 'nowhere' / 'a.jsonl'))
+        append(str(tmp_path / 'nowhere' / 'a.jsonl'))
 
+
+def test_lines_are_read_without_a_torn_one(tmp_path):
+    path = str(tmp_path / 'a.jsonl')
+    assert read_lines(path) == []
+    append(path, {'a': 1}, {'a': 2})
+    with open(path, 'a') as f:
+        f.write('{"a": 3')
+    assert read_lines(path) == [{'a': 1}, {'a': 2}]
+    with open(path, 'a') as f:
+        f.write('\n')
+    with pytest.raises(UserError, match='a.jsonl holds a line that is not JSON'):
+        read_lines(path)
+
+
+def test_a_log_is_cut_to_the_checkpoint(tmp_path):
+    path = str(tmp_path / 'run' / 'log.jsonl')
+    checkpoint.cut_log(path, 0)
+    assert open(path).read() == ''
+    kept = [json.dumps({'step': step, 'loss': 1.5}) for step in (1, 2, 2)]
+    with open(path, 'wb') as f:
+        f.write('\n'.join([kept[0], '', '[]', '{"step": "x"}', '{"loss": 1}', 'hello', kept[1], '{"step": 3}',
+                           kept[2], '{"step": 2}']).encode() + b'\xff')
+    checkpoint.cut_log(path, 2)
+    assert open(path).read() == ''.join(line + '\n' for line in kept)
+    with disk_full(20), pytest.raises(UserError, match='cannot write .*log.jsonl .*; give another --out_dir'):
+        checkpoint.cut_log(path, 2)
+    assert open(path).read() == ''.join(line + '\n' for line in kept)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# names and devices
 
 def test_what_is_a_run_of_ours(tmp_path):
     folder = str(tmp_path / 'a')
     os.mkdir(folder)
-    assert checkpoint.is_run('out/gone') and not checkpoint.is_run('gpt2-large') and not checkpoint.is_run('owner/out') and not checkpoint.is_run(folder)
+    assert checkpoint.is_run('out/gone')
+    assert not any(map(checkpoint.is_run, ('gpt2-large', 'owner/out', folder)))
     checkpoint.save(f'{folder}/ckpt.pt', make())
     assert checkpoint.is_run(folder)
 
 
 def test_the_fingerprint_is_of_the_weights():
-    a, b = (checkpoint.build(CONFIG) for _ in range(2))
+    a, b = (build(CONFIG) for _ in range(2))
     b.load_state_dict(a.state_dict())
     assert checkpoint.fingerprint(a) == checkpoint.fingerprint(b) and len(checkpoint.fingerprint(a)) == 8
     next(b.parameters()).data[0] += 1
     assert checkpoint.fingerprint(a) != checkpoint.fingerprint(b)
 
 
+def test_a_device_that_is_not_there():
+    assert pick_device('cpu') == torch.device('cpu')
+    with pytest.raises(UserError, match="there is no device 'tpu' on this machine; it has: cpu"):
+        pick_device('tpu')
+
+
 def test_compile_without_a_compiler(monkeypatch):
     monkeypatch.setenv('PATH', '')
     with pytest.raises(UserError, match='needs a C.. compiler .* --compile=False'):
-        checkpoint.compile_in_place([torch.nn.Linear(1, 1)], torch.device('cpu'))
-    checkpoint.compile_in_place([torch.nn.Linear(1, 1)], torch.device('cuda'))  # a GPU has its own
+        compile_in_place([torch.nn.Linear(1, 1)], torch.device('cpu'))
+    compile_in_place([torch.nn.Linear(1, 1)], torch.device('cuda'))  # a GPU has its own

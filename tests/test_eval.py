@@ -1,3 +1,4 @@
+"""eval.py: likelihoods against exact answers, metrics of samples, teachers, the command line, frontiers."""
 import functools
 import io
 import itertools
@@ -9,49 +10,60 @@ import types
 
 import pytest
 import torch
+from helpers import CHARS, TINY, L, fails, generator, make
 
-from lib import checkpoint
-import eval
-import frontier
+import eval as evaluation
+import lib.prepare
+import lib.tokens
 import mdlm
-from lib import plot
+import methods
 import sample
-from lib.configurator import UserError
-from lib import prepare as common
+from lib import checkpoint, plot
+from lib.configurator import UserError, defaults_of
+from lib.method import Method
+from lib.noise import Noise
 from lib.tokens import Char
+from methods import open_run
 from sawtooth import Exact, Sawtooth
-from test_sample import CHARS, L, TINY, fails, make, there  # noqa: F401
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(autouse=True)
+def sandbox(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
 
 def lines(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith('{')]
 
 
-# --- likelihood -------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# likelihood
 
-class ExactMDLM(torch.nn.Module):
+class ExactMDLM(Method):
     """MDLM on sawtooth whose network knows the answers."""
+    likelihood = 'bound'
 
-    def __init__(self):
-        super().__init__()
-        self.exact, self.weight = Exact(), torch.nn.Parameter(torch.zeros(()))
-
-    def nll(self, x, noise):
+    def nll_parts(self, x, noise, strategy='joint', z_0=None):
         t = noise.times('t_x')
         mask = noise.uniform('mask', x.shape[1]) < t[:, None]
         nats = torch.zeros(x.shape)
-        nats[mask] = torch.nn.functional.cross_entropy(self.exact.denoise(x.masked_fill(mask, 2), mask), x[mask], reduction='none')
-        return nats.sum(dim=1) / t
+        logits = Exact().denoise(x.masked_fill(mask, 2), mask)
+        nats[mask] = torch.nn.functional.cross_entropy(logits, x[mask], reduction='none')
+        return {'val': nats.sum(dim=1) / t}
 
 
 def test_the_exact_denoiser_has_the_entropy_of_sawtooth():
-    r = eval.likelihood(ExactMDLM(), Sawtooth('val').rows, 3000, 128, batch_size=500, draws=2)
+    data = Sawtooth('val')
+    r = evaluation.likelihood(ExactMDLM(), lambda idx: data.rows(idx)[0], 3000, batch_size=500, draws=2)
     assert r['val_nll_se'] < 0.01 and abs(r['val_nll'] - 0.5303) < 4 * r['val_nll_se']
     assert r['val_ppl'] == pytest.approx(math.exp(r['val_nll']))
 
 
 def by_brute_force(method, x):
-    """-log p(x) and the ELBO of a method whose network sees no time, x (L,): tokens are revealed one by one, in every order."""
+    """-log p(x) and the ELBO of a method whose network sees no time, x (L,): tokens are revealed one by one,
+    in every order."""
     def nats(hidden, l):
         x_t, where = x.clone(), torch.zeros(1, len(x), dtype=torch.bool)
         x_t[list(hidden)], where[0, l] = method.mask_id, True
@@ -59,7 +71,8 @@ def by_brute_force(method, x):
 
     @functools.lru_cache(None)
     def p(hidden):
-        return sum(math.exp(-nats(hidden, l)) * p(hidden - {l}) for l in hidden) / len(hidden) if hidden else 1.0
+        terms = (math.exp(-nats(hidden, l)) * p(hidden - {l}) for l in hidden)
+        return sum(terms) / len(hidden) if hidden else 1.0
 
     @functools.lru_cache(None)
     def elbo(hidden):
@@ -76,12 +89,12 @@ def test_the_bound_bounds_and_its_standard_error_holds(V, length, schedule):
     nll, elbo = zip(*(by_brute_force(method, x) for x in texts))
     assert sum(math.exp(-v) for v in nll) == pytest.approx(1)
     for x, least, mean in list(zip(texts, nll, elbo))[::4]:  # text by text
-        r = eval.likelihood(method, lambda idx: x.expand(len(idx), -1), 2000, length, 2000)
+        r = evaluation.likelihood(method, lambda idx, x=x: x.expand(len(idx), -1), 2000, 2000)
         assert least <= mean and r['val_nll'] * length > least - 4 * r['val_nll_se'] * length
         assert abs(r['val_nll'] * length - mean) < 4 * r['val_nll_se'] * length
     means = []
     for seed in range(5):  # all texts at once
-        r = eval.likelihood(method, lambda idx: texts[idx % len(texts)], 100 * len(texts), length, 5000, seed=seed)
+        r = evaluation.likelihood(method, lambda idx: texts[idx % len(texts)], 100 * len(texts), 5000, seed=seed)
         means.append(r['val_nll'] * length)
         assert abs(means[-1] - sum(elbo) / len(elbo)) < 3 * r['val_nll_se'] * length
     assert torch.tensor(means).std() < 2 * r['val_nll_se'] * length and len(set(means)) == 5
@@ -89,34 +102,39 @@ def test_the_bound_bounds_and_its_standard_error_holds(V, length, schedule):
 
 @pytest.mark.parametrize('name', ['mdlm', 'co', 'di', 'ar'])
 def test_batches_change_nothing(name):
-    method, texts = make(name), torch.randint(10, (23, L), generator=torch.Generator().manual_seed(0))
-    a, b = (eval.likelihood(method, texts.__getitem__, 23, L, size, seed=3, draws=2) for size in (4, 23))
+    method, texts = make(name), torch.randint(10, (23, L), generator=generator())
+    a, b = (evaluation.likelihood(method, texts.__getitem__, 23, size, seed=3, draws=2) for size in (4, 23))
     assert a == pytest.approx(b, rel=1e-5) and len(a) > 2
 
 
 def test_channels_of_ladd():
-    texts = torch.randint(10, (40, L), generator=torch.Generator().manual_seed(0))
+    texts = torch.randint(10, (40, L), generator=generator())
     method = make('di')
-    joint, seq = (eval.likelihood(method, texts.__getitem__, 40, L, 40, strategy=s) for s in ('joint', 'seq'))
+    joint, seq = (evaluation.likelihood(method, texts.__getitem__, 40, 40, strategy=s) for s in ('joint', 'seq'))
     for r in (joint, seq):
         assert r['val_nll'] == pytest.approx(r['token_nll'] + r['latent_nll']) and r['latent_nll'] > 0
-    assert joint['val_nll'] == pytest.approx(method.nll(texts, eval.Noise(0, 0, torch.arange(40), 40)).mean().item() / L, rel=1e-5)
+    nll = method.nll(texts, Noise(0, 0, torch.arange(40), 40))
+    assert joint['val_nll'] == pytest.approx(nll.mean().item() / L, rel=1e-5)
     assert joint['token_nll'] != seq['token_nll']
-    assert eval.likelihood(make('co'), texts.__getitem__, 40, L, 40).keys() == {'token_nll', 'token_nll_se', 'token_ppl'}
+    co = evaluation.likelihood(make('co'), texts.__getitem__, 40, 40)
+    assert co.keys() == {'token_nll', 'token_nll_se', 'token_ppl'}
 
 
 def test_ar_is_exact():
     method = make('ar', vocab_size=2, block_size=4)
     texts = torch.cartesian_prod(*[torch.arange(2)] * 4)
-    nll = [eval.likelihood(method, lambda idx: x.expand(len(idx), -1), 2, 4, 2, seed=i)['val_nll'] * 4 for i, x in enumerate(texts)]
+    nll = [evaluation.likelihood(method, lambda idx, x=x: x.expand(len(idx), -1), 2, 2, seed=i)['val_nll'] * 4
+           for i, x in enumerate(texts)]
     assert sum(math.exp(-v) for v in nll) == pytest.approx(1, rel=1e-5)
 
 
-# --- metrics of samples -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# metrics of samples
 
 def test_both_entropies():
     x = torch.tensor([[0, 0, 1, 1], [0, 2, 3, 4]])
-    assert eval.entropies(x) == pytest.approx({'entropy_position': 3 / 4 * math.log(2), 'entropy_sample': (math.log(2) + math.log(4)) / 2})
+    assert evaluation.entropies(x) == pytest.approx({'entropy_position': 3 / 4 * math.log(2),
+                                                     'entropy_sample': (math.log(2) + math.log(4)) / 2})
 
 
 def test_diversity():
@@ -125,7 +143,7 @@ def test_diversity():
     for n in (2, 3, 4):
         grams = [tuple(row[i:i + n]) for row in x for i in range(len(row) - n + 1)]
         expected *= len(set(grams)) / len(grams)
-    assert eval.diversity(torch.tensor(x)) == pytest.approx(expected) == pytest.approx((5 / 8) * (5 / 6) * 1)
+    assert evaluation.diversity(torch.tensor(x)) == pytest.approx(expected) == pytest.approx((5 / 8) * (5 / 6) * 1)
 
 
 def test_gflops_of_a_sample():
@@ -134,13 +152,15 @@ def test_gflops_of_a_sample():
     big = 12 * (L + 2) * 16**2 + 2 * (L + 2) ** 2 * 16  # two latents
     small = 12 * 2 * 16**2 + 2 * 2**2 * 16
     seq = {'strategy': 'seq', 'latent_steps': 8}
-    for method, calls, options, flops in [(m, 5, {'sampler': 'ancestral'}, 5 * call), (m, L, {'sampler': 'first_hitting'}, L * call),
-                                          (make('ar'), None, {}, call), (co, 5, {'strategy': 'joint'}, 5 * big),
-                                          (co, 5, seq, 5 * big + 8 * small), (di, 5, seq, 13 * big)]:
-        assert eval.sampling_gflops(method, L, calls, options) == pytest.approx(flops / 1e9)
+    for method, options, calls, flops in [
+            (m, {'sampler': 'ancestral'}, 5, 5 * call), (m, {'sampler': 'first_hitting'}, L, L * call),
+            (make('ar'), {}, None, call), (co, {'strategy': 'joint'}, 5, 5 * big),
+            (co, seq, 5, 5 * big + 8 * small), (di, seq, 5, 13 * big)]:
+        assert method.sampling_flops(L, 5, **options) == flops and method.denoiser_calls(5, **options) == calls
 
 
-# --- teachers ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# teachers
 
 ALPHABET = [*CHARS.replace('g', ''), '<unk>', '<eos>']
 
@@ -150,13 +170,16 @@ def gpt2(tmp_path):
     """A GPT-2 with random weights and a tokenizer of characters, in a folder."""
     import tokenizers
     import transformers
-    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token='<unk>'))
+    words = tokenizers.models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token='<unk>')
+    tok = tokenizers.Tokenizer(words)
     tok.pre_tokenizer = tokenizers.pre_tokenizers.Split('', 'isolated')
     tok.decoder = tokenizers.decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', unk_token='<unk>').save_pretrained(tmp_path / 'gpt2')
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', unk_token='<unk>')
+    fast.save_pretrained(tmp_path / 'gpt2')
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(ALPHABET), n_positions=8, n_embd=16, n_layer=1, n_head=2,
-                                                                 initializer_range=0.5)).eval()
+    config = transformers.GPT2Config(vocab_size=len(ALPHABET), n_positions=8, n_embd=16, n_layer=1, n_head=2,
+                                     initializer_range=0.5)
+    model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / 'gpt2')
     return model
 
@@ -164,8 +187,8 @@ def gpt2(tmp_path):
 @torch.no_grad()
 def test_gen_ppl_with_a_hugging_face_teacher(gpt2):
     tok = Char(CHARS, True)
-    x = torch.stack([torch.tensor(tok.encode('abc def\nabcd')), torch.tensor([*tok.encode('fab'), tok.eos_id, *tok.encode('g cafe f')])])
-    score, says = eval.open_teacher('gpt2', TINY, tok, torch.device('cpu'))
+    x = torch.tensor([tok.encode('abc def\nabcd'), [*tok.encode('fab'), tok.eos_id, *tok.encode('g cafe f')]])
+    teacher = evaluation.open_teacher('gpt2', tok, CPU)
     nats, tokens = 0.0, 0
     for text in (list('abc def\nabcd'), ['f', 'a', 'b', '<eos>', '<unk>', *' cafe f']):
         ids = [ALPHABET.index(c) for c in text]
@@ -173,39 +196,43 @@ def test_gen_ppl_with_a_hugging_face_teacher(gpt2):
             logp = gpt2(torch.tensor([window])).logits[0].double().log_softmax(dim=-1)
             nats -= sum(logp[i, window[i + 1]].item() for i in range(len(window) - 1))
             tokens += len(window) - 1
-    assert score(x) == pytest.approx((nats, tokens), rel=1e-5)
-    assert tokens == 2 * (7 + 3) and 'first token of each not scored' in says['gen_ppl_rule']
-    assert score(x.repeat(5, 1)) == pytest.approx((5 * nats, 5 * tokens), rel=1e-5)  # more than a batch
+    assert teacher.score(x) == pytest.approx((nats, tokens), rel=1e-5)
+    assert tokens == 2 * (7 + 3) and 'first token of each not scored' in teacher.record['gen_ppl_rule']
+    assert teacher.score(x.repeat(5, 1)) == pytest.approx((5 * nats, 5 * tokens), rel=1e-5)  # more than a batch
     import transformers
-    transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=len(ALPHABET), hidden_size=16, n_layer=1, n_head=2)).save_pretrained('gpt2')
-    score, says = eval.open_teacher('gpt2', TINY, tok, torch.device('cpu'))  # states no limit of its context
-    assert 'windows of 1024' in says['gen_ppl_rule'] and score(x)[1] == 2 * 11
+    config = transformers.BloomConfig(vocab_size=len(ALPHABET), hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained('gpt2')
+    teacher = evaluation.open_teacher('gpt2', tok, CPU)  # states no limit of its context
+    assert 'windows of 1024' in teacher.record['gen_ppl_rule'] and teacher.score(x)[1] == 2 * 11
 
 
 @torch.no_grad()
 def test_gen_ppl_with_our_ar():
-    teacher, tok = make('ar', 'out/a'), Char(CHARS, True)
-    x = torch.randint(10, (5, L), generator=torch.Generator().manual_seed(0))
-    score, says = eval.open_teacher('out/a', TINY, tok, torch.device('cpu'))
-    assert score(x) == pytest.approx((teacher.nll(x).sum().item(), 5 * L), rel=1e-5) and 'all tokens scored' in says['gen_ppl_rule']
+    ar, tok = make('ar', 'out/a'), Char(CHARS, True)
+    x = torch.randint(10, (5, L), generator=generator())
+    teacher = evaluation.open_teacher('out/a', tok, CPU)
+    assert teacher.score(x) == pytest.approx((ar.nll(x).sum().item(), 5 * L), rel=1e-5)
+    assert 'all tokens scored' in teacher.record['gen_ppl_rule']
     # another vocabulary: by way of the text, in windows of its block size, EOS becoming its EOS
     chars = CHARS[::-1] + 'xyz'
-    other = make('ar', 'out/b', block_size=7, vocab_size=len(chars) + 1, tokenizer={'kind': 'char', 'chars': chars, 'eos': True})
+    other = make('ar', 'out/b', block_size=7, vocab_size=len(chars) + 1,
+                 tokenizer={'kind': 'char', 'chars': chars, 'eos': True})
     ids = torch.tensor([[chars.index(CHARS[i]) if i < 9 else len(chars) for i in row] for row in x.tolist()])
-    score, _ = eval.open_teacher('out/b', TINY, tok, torch.device('cpu'))
-    assert score(x) == pytest.approx(((other.nll(ids[:, :7]) + other.nll(ids[:, 7:])).sum().item(), 5 * L), rel=1e-5)
+    nll = (other.nll(ids[:, :7]) + other.nll(ids[:, 7:])).sum().item()
+    assert evaluation.open_teacher('out/b', tok, CPU).score(x) == pytest.approx((nll, 5 * L), rel=1e-5)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the command line
 
 ARGS = ['--device=cpu', '--num_samples=6', '--batch_size=4']
 
 
 def prepare(tmp_path, name, chars=CHARS, **options):
     """A prepared set of random characters, outside of data/."""
-    g = torch.Generator().manual_seed(0)
-    text = ''.join(chars[i] for i in torch.randint(9, (600,), generator=g)) + chars
-    common.write(str(tmp_path / name), {'val': lambda: iter([(text[:300], True), (text[300:], True)])}, 'char', **options)
+    text = ''.join(chars[i] for i in torch.randint(9, (600,), generator=generator())) + chars
+    split = {'val': lambda: iter([(text[:300], True), (text[300:], True)])}
+    lib.prepare.write(str(tmp_path / name), split, 'char', **options)
     return str(tmp_path / name)
 
 
@@ -214,42 +241,72 @@ def test_every_result_is_one_object_here_and_in_the_file(tmp_path, capsys):
     make('di', 'out/d', dataset=data)
     make('ar', 'out/a', dataset=data)
     capsys.readouterr()
-    eval.main(['--out_dir=out/d', '--metrics=val_ppl,gen_ppl,diversity,throughput', '--steps=1,4', '--strategy=seq', '--teacher=out/a', '--plot', *ARGS])
+    evaluation.main(['--out_dir=out/d', '--metrics=val_ppl,gen_ppl,diversity,throughput', '--steps=1,4',
+                     '--strategy=seq', '--teacher=out/a', '--plot', *ARGS])
     out, err = capsys.readouterr()
     results = lines(out)
     assert results == lines(open('out/d/eval.jsonl').read()) and len(results) == 3 == len(out.splitlines())
     first, *rest = results
-    assert first['num_texts'] == (600 + 9 + 2) // L and first['val_ppl'] >= first['token_ppl'] and 'no bound' in first['token_ppl_is']
+    assert first['num_texts'] == (600 + 9 + 2) // L and first['val_ppl'] >= first['token_ppl']
+    assert 'no bound' in first['token_ppl_is'] and first['val_ppl_is'] == 'an upper bound'
     assert [r['steps'] for r in rest] == [1, 4]
     for r in rest:
-        assert {'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'gflops', 'teacher', 'teacher_weights', 'weights', 'teacher_dtype', 'gen_ppl_rule', 'eos', 'num_samples', 'seed',
-                'step', 'dtype', 'strategy', 'latent_steps', 'sampler', 'temperature', 'top_p', 'batch_size', 'command', 'device', 'cpu_seconds_per_sample'} <= r.keys()
+        assert {'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'gflops', 'teacher',
+                'teacher_weights', 'weights', 'teacher_dtype', 'gen_ppl_rule', 'eos', 'num_samples', 'seed',
+                'step', 'dtype', 'strategy', 'latent_steps', 'sampler', 'temperature', 'top_p', 'batch_size',
+                'command', 'device', 'cpu_seconds_per_sample'} <= r.keys()
         assert r['samples_per_s_per_gen_ppl'] == pytest.approx(1 / r['seconds_per_sample'] / r['gen_ppl'])
-        x = sample.generate(checkpoint.load_method('out/d', 'cpu')[0], 6, r['steps'], 4, 0, strategy='seq')
-        assert r['diversity'] == eval.diversity(x) and r['entropy_sample'] == eval.entropies(x)['entropy_sample']  # what it says repeats it
+        # what a record says repeats it
+        x = sample.generate(open_run('out/d', CPU)[0], 6, r['steps'], 4, 0, strategy='seq')
+        assert r['diversity'] == evaluation.diversity(x)
+        assert r['entropy_sample'] == evaluation.entropies(x)['entropy_sample']
     assert 'gen_ppl' in err and err.count('\n') >= 4 and os.path.getsize('out/d/frontier.png') > 1000
-    eval.main(['--out_dir=out/d', '--metrics=entropy', '--steps=2', *ARGS])
+    evaluation.main(['--out_dir=out/d', '--metrics=entropy', '--steps=2', *ARGS])
     assert len(lines(open('out/d/eval.jsonl').read())) == 4
 
 
 def test_samplers_for_which_steps_has_no_say(tmp_path, capsys):
     make('ar', 'out/a')
     make('mdlm', 'out/m')
-    eval.main(['--out_dir=out/a', '--metrics=entropy', '--steps=1,2,4', *ARGS])
-    eval.main(['--out_dir=out/m', '--metrics=entropy', '--steps=1,2,4', '--sampler=first_hitting', *ARGS])
+    evaluation.main(['--out_dir=out/a', '--metrics=entropy', '--steps=1,2,4', *ARGS])
+    evaluation.main(['--out_dir=out/m', '--metrics=entropy', '--steps=1,2,4', '--sampler=first_hitting', *ARGS])
     assert [r['steps'] for r in lines(capsys.readouterr().out)] == [None, L]
+
+
+class Own(mdlm.MDLM):
+    """A method of one's own, whose steps have a default and a limit."""
+
+    def sample(self, n, steps=32, **options):
+        if steps > 8:
+            raise ValueError('more than 8 steps are too many')
+        return super().sample(n, steps, **options)
+
+
+def test_a_default_for_steps_collapses_nothing(monkeypatch, capsys):
+    monkeypatch.setitem(methods.METHODS, 'mdlm', Own)
+    call = make('mdlm', 'out/o').flops(L) / 1e9
+    evaluation.main(['--out_dir=out/o', '--metrics=entropy', '--steps=1,2,4', *ARGS])
+    results = lines(capsys.readouterr().out)
+    assert [r['steps'] for r in results] == [1, 2, 4]
+    assert [r['gflops'] for r in results] == pytest.approx([call, 2 * call, 4 * call])
+    assert len({r['entropy_sample'] for r in results}) > 1
+    with pytest.raises(UserError, match='too many'):  # what a method refuses is one line, too
+        evaluation.main(['--out_dir=out/o', '--metrics=entropy', '--steps=9', *ARGS])
 
 
 def test_latent_steps_are_swept(capsys):
     make('co', 'out/c')
-    eval.main(['--out_dir=out/c', '--metrics=entropy', '--strategy=seq', '--steps=1,2', '--latent_steps=3,5', *ARGS])
+    evaluation.main(['--out_dir=out/c', '--metrics=entropy', '--strategy=seq', '--steps=1,2',
+                     '--latent_steps=3,5', *ARGS])
     results = lines(capsys.readouterr().out)
     assert [(r['latent_steps'], r['steps']) for r in results] == [(3, 1), (3, 2), (5, 1), (5, 2)]
-    assert results[2]['gflops'] - results[0]['gflops'] == pytest.approx(2 * (12 * 2 * 16**2 + 2 * 2**2 * 16) / 1e9)  # two calls over two latents
+    two_calls = 2 * (12 * 2 * 16**2 + 2 * 2**2 * 16) / 1e9  # over two latents
+    assert results[2]['gflops'] - results[0]['gflops'] == pytest.approx(two_calls)
 
 
-class Line(torch.nn.Module):
+class Line(Method):
     """A latent space in which the tokens themselves are the coordinates, and token 3 is decoded wrongly."""
+    has_latent_space = True
 
     def __init__(self):
         super().__init__()
@@ -265,39 +322,51 @@ class Line(torch.nn.Module):
 def test_reconstruction_and_smoothness(tmp_path, monkeypatch, capsys):
     make('mdlm', 'out/l', dataset=prepare(tmp_path, 'set'))
     teacher, config = make('ar', 'out/a'), checkpoint.load('out/l/ckpt.pt')['config']
-    monkeypatch.setattr(eval, 'open_model', lambda c, device: (Line(), {**config, 'step': 7}))
-    monkeypatch.setattr(eval, 'variants', lambda c, method: [{}])
+    monkeypatch.setattr(evaluation, 'open_model', lambda c, device: (Line(), {**config, 'step': 7}))
     capsys.readouterr()
-    eval.main(['--out_dir=out/l', '--metrics=smoothness,reconstruction', '--teacher=out/a', '--num_samples=50', '--batch_size=4', '--seed=1', '--device=cpu'])
+    evaluation.main(['--out_dir=out/l', '--metrics=smoothness,reconstruction', '--teacher=out/a',
+                     '--num_samples=50', '--batch_size=4', '--seed=1', '--device=cpu'])
     first, second = lines(capsys.readouterr().out)
-    rows, n = eval.open_texts('', config, sample.open_tokenizer(config))
+    rows, n = evaluation.open_texts('', config, sample.open_tokenizer(config), CPU)
     x = rows(torch.arange(n))
     assert first['reconstruction'] == pytest.approx((x != 3).double().mean().item()) and first['num_texts'] == n
     pairs = n // 2  # fewer than asked for
-    ends = torch.randperm(n, generator=torch.Generator().manual_seed(1))[:2 * pairs].view(2, pairs)
-    nll = [teacher.nll(((1 - w) * x[ends[0]] + w * x[ends[1]]).round().long()).mean().item() / L for w in torch.linspace(0, 1, 11)]
-    assert second['num_pairs'] == pairs and second['gen_ppl_path'] == pytest.approx([math.exp(v) for v in nll], rel=1e-4)
+    a, b = x[torch.randperm(n, generator=generator(1))[:2 * pairs].view(2, pairs)]
+    points = [((1 - w) * a + w * b).round().long() for w in torch.linspace(0, 1, 11)]
+    ppl = [math.exp(teacher.nll(point).mean().item() / L) for point in points]
+    assert second['num_pairs'] == pairs and second['gen_ppl_path'] == pytest.approx(ppl, rel=1e-4)
     path = second['gen_ppl_path']
-    assert second['smoothness'] == pytest.approx(max(path) / ((path[0] + path[-1]) / 2)) and second['points'][5] == 0.5 and 'teacher_weights' in second
+    assert second['smoothness'] == pytest.approx(max(path) / ((path[0] + path[-1]) / 2))
+    assert second['points'][5] == 0.5 and 'teacher_weights' in second
     plot.main(['smoothness', 'out/l'])
-    assert f'{second["smoothness"]:.3f}' in capsys.readouterr().out and os.path.getsize('out/l/smoothness.png') > 1000
+    assert f'{second["smoothness"]:.3f}' in capsys.readouterr().out
+    assert os.path.getsize('out/l/smoothness.png') > 1000
 
 
 def test_ldlm(tmp_path, capsys):
     method = make('ldlm', 'out/l', dataset=prepare(tmp_path, 'set'))
     make('ar', 'out/a')
     capsys.readouterr()
-    eval.main(['--out_dir=out/l', '--metrics=reconstruction,smoothness,gen_ppl', '--steps=2,4', '--sampler=ddim', '--teacher=out/a', *ARGS])
+    evaluation.main(['--out_dir=out/l', '--metrics=reconstruction,smoothness,gen_ppl', '--steps=2,4',
+                     '--sampler=ddim', '--teacher=out/a', *ARGS])
     first, path, *samples = lines(capsys.readouterr().out)
-    assert 0 <= first['reconstruction'] <= 1 and len(path['gen_ppl_path']) == len(path['entropy_sample_path']) == len(path['points']) == 11
-    assert [r['steps'] for r in samples] == [2, 4] and samples[1]['gflops'] == pytest.approx((4 * method.flops(L) + method.flops_once(L)) / 1e9)
-    with pytest.raises(UserError, match='ldlm has no likelihood'):
-        eval.main(['--out_dir=out/l', *ARGS])
+    assert 0 <= first['reconstruction'] <= 1
+    assert len(path['gen_ppl_path']) == len(path['entropy_sample_path']) == len(path['points']) == 11
+    decoding = sum(m.flops(L) for half in (method.decoder, method.token_decoder) for m in method.transformers()
+                   if m in set(half.modules()))
+    assert [r['steps'] for r in samples] == [2, 4]
+    assert samples[1]['gflops'] == pytest.approx((4 * method.flops(L) + decoding) / 1e9)
+    with pytest.raises(UserError, match='LDLM has no likelihood'):
+        evaluation.main(['--out_dir=out/l', *ARGS])
+    make('ldlm', 'out/l', dataset=str(tmp_path / 'set'), stage='autoencoder', adaptive_bins=100)
+    evaluation.main(['--out_dir=out/l', '--metrics=reconstruction', *ARGS])  # no denoiser is needed for that
+    with pytest.raises(UserError, match='trains no denoiser'):
+        evaluation.main(['--out_dir=out/l', '--metrics=entropy', *ARGS])
 
 
 def test_other_texts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, 'DATA', str(tmp_path))
-    monkeypatch.setattr(sample, 'DATA', str(tmp_path))
+    for module in (lib.prepare, lib.tokens, sample):
+        monkeypatch.setattr(module, 'DATA', str(tmp_path))
     prepare(tmp_path, 'set')
     prepare(tmp_path, 'zeroshot/ptb')
     prepare(tmp_path, 'zeroshot/other', 'bcdefghij')
@@ -305,23 +374,41 @@ def test_other_texts(tmp_path, monkeypatch, capsys):
     make('mdlm', 'out/m', dataset='set')
     open('text.txt', 'w').write('abc def ' * 4)
     capsys.readouterr()
-    eval.main(['--out_dir=out/m', '--data=zeroshot/ptb', *ARGS])
-    eval.main(['--out_dir=out/m', '--data=text.txt', *ARGS])
+    evaluation.main(['--out_dir=out/m', '--data=zeroshot/ptb', *ARGS])
+    evaluation.main(['--out_dir=out/m', '--data=text.txt', *ARGS])
     ptb, text = lines(capsys.readouterr().out)
     assert ptb['data'] == 'zeroshot/ptb' and text['num_texts'] == 32 // L
     x = torch.tensor(Char(CHARS, True).encode('abc def ' * 3)).view(2, L)
-    method = checkpoint.load_method('out/m', 'cpu')[0]
-    assert text['val_nll'] == pytest.approx(method.nll(x, eval.Noise(0, 0, torch.arange(2), 2)).mean().item() / L, rel=1e-5)
+    nll = open_run('out/m', CPU)[0].nll(x, Noise(0, 0, torch.arange(2), 2)).mean().item() / L
+    assert text['val_nll'] == pytest.approx(nll, rel=1e-5)
     for name in ('other', 'wrapped'):
-        assert 'was not prepared as' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', f'--data=zeroshot/{name}', *ARGS)
+        argv = ['--out_dir=out/m', f'--data=zeroshot/{name}', *ARGS]
+        assert 'was not prepared as' in fails(evaluation, monkeypatch, capsys, *argv)
 
 
 def test_text_files_are_wrapped_as_the_training_texts_were():
     open('text.txt', 'w').write('abcdef' * 4)
     tok = Char(CHARS, True)
     tok.wrap = True
-    rows, n = eval.open_texts('text.txt', {**TINY, 'block_size': 8}, tok)
+    rows, n = evaluation.open_texts('text.txt', {**TINY, 'block_size': 8}, tok, CPU)
     assert n == 4 and rows(torch.tensor([1])).tolist() == [[tok.bos_id, *tok.encode('abcdef'), tok.eos_id]]
+
+
+def test_the_encoder_has_to_be_that_of_training(tmp_path, monkeypatch, capsys):
+    data, ar = prepare(tmp_path, 'set'), make('ar', 'out/a')
+    config = dict(dataset=data, encoder='out/a', encoder_weights=checkpoint.fingerprint(ar))
+    make('co', 'out/c', **config)
+    make('co', 'out/s', **config, stored_latents=True)
+    open('text.txt', 'w').write('abc def ' * 40)
+    capsys.readouterr()
+    evaluation.main(['--out_dir=out/c', *ARGS])
+    evaluation.main(['--out_dir=out/s', *ARGS])  # evaluation reads the texts itself
+    evaluation.main(['--out_dir=out/c', '--data=text.txt', *ARGS])
+    a, b, c = (r['token_nll'] for r in lines(capsys.readouterr().out))
+    assert a == b != c
+    make('ar', 'out/a', num_layers=2)
+    assert 'other weights than the encoder' in fails(evaluation, monkeypatch, capsys, '--out_dir=out/c', *ARGS)
+    evaluation.main(['--out_dir=out/c', '--metrics=entropy', '--steps=2', *ARGS])  # samples need no encoder
 
 
 def test_mauve(tmp_path, monkeypatch, capsys):
@@ -334,16 +421,18 @@ def test_mauve(tmp_path, monkeypatch, capsys):
     make('mdlm', 'out/m', dataset=prepare(tmp_path, 'set'))
     monkeypatch.setitem(sys.modules, 'mauve', types.SimpleNamespace(compute_mauve=compute_mauve))
     capsys.readouterr()
-    eval.main(['--out_dir=out/m', '--metrics=mauve', '--steps=2', *ARGS])
+    evaluation.main(['--out_dir=out/m', '--metrics=mauve', '--steps=2', *ARGS])
     assert lines(capsys.readouterr().out)[0]['mauve'] == 0.5
-    assert len(seen['p_text']) == len(seen['q_text']) == 6 and seen['max_text_length'] == 1024 and seen['featurize_model_name'] == 'gpt2-large'
+    assert len(seen['p_text']) == len(seen['q_text']) == 6
+    assert seen['max_text_length'] == 1024 and seen['featurize_model_name'] == 'gpt2-large'
     monkeypatch.setitem(sys.modules, 'mauve', None)
-    assert 'pip install mauve-text' in fails(eval, monkeypatch, capsys, '--out_dir=out/m', '--metrics=mauve', *ARGS)
+    argv = ['--out_dir=out/m', '--metrics=mauve', *ARGS]
+    assert 'pip install mauve-text' in fails(evaluation, monkeypatch, capsys, *argv)
 
 
 def test_swd_is_sawtooths(capsys):
     make('mdlm', 'out/s', dataset='sawtooth', vocab_size=2, block_size=128)
-    eval.main(['--out_dir=out/s', '--metrics=swd,val_ppl', '--val_seqs=8', '--steps=1', *ARGS])
+    evaluation.main(['--out_dir=out/s', '--metrics=swd,val_ppl', '--val_seqs=8', '--steps=1', *ARGS])
     likelihood, samples = lines(capsys.readouterr().out)
     assert samples['swd'] > 0.05 and likelihood['num_texts'] == 8
 
@@ -351,20 +440,23 @@ def test_swd_is_sawtooths(capsys):
 @pytest.mark.parametrize('argv, match', [
     (['--out_dir=out/nothing'], 'holds no checkpoint'),
     (['config/m.py'], '--out_dir=out/m\n'),
+    (['out/m/ckpt.pt'], '--out_dir=out/m\n'),
     (['--metrics=gen_pl'], 'did you mean gen_ppl'),
     (['--steps=1,x', '--metrics=entropy'], '--steps wants numbers'),
     (['--steps=0', '--metrics=entropy'], '--steps wants numbers'),
     (['--nll_draws=0'], 'nll_draws'),
+    (['--val_seqs=-1'], 'val_seqs'),
     (['--strategy=seq'], "no strategy 'seq'"),
-    (['--latent_steps=8,9'], 'latent_steps works with'),
+    (['--latent_steps=8,9'], 'no option latent_steps'),
     (['--latent_steps=x'], '--latent_steps wants numbers'),
-    (['--metrics=reconstruction'], 'mdlm has no autoencoder'),
-    (['--metrics=smoothness'], 'mdlm has no latent space'),
+    (['--temperature=-1'], 'temperature must be at least 0'),
+    (['--metrics=reconstruction'], 'MDLM has no latent space'),
+    (['--metrics=smoothness'], 'MDLM has no latent space'),
     (['--data=nowhere'], 'there is no prepared data'),
     (['--data=short.txt'], 'has 3 tokens'),
     (['--data=latin.txt'], 'not UTF-8'),
     (['--metrics=swd'], 'swd is a metric of sawtooth'),
-    (['--metrics=gen_ppl', '--teacher=out/m'], 'is mdlm, which bounds'),
+    (['--metrics=gen_ppl', '--teacher=out/m'], 'MDLM, which has no exact likelihood'),
     (['--metrics=gen_ppl', '--teacher=out/none'], 'holds no checkpoint'),
     (['--metrics=gen_ppl', '--teacher=out/s'], 'nothing in common'),
     (['--out_dir=out/s', '--metrics=gen_ppl'], 'sawtooth has no text'),
@@ -378,17 +470,23 @@ def test_mistakes(argv, match, tmp_path, monkeypatch, capsys):
     open('broken/config.json', 'w').write('{}')
     open('short.txt', 'w').write('abc')
     open('latin.txt', 'wb').write(b'\xe9')
-    assert match in fails(eval, monkeypatch, capsys, *([] if argv[0].startswith('--out_dir') else ['--out_dir=out/m']), *argv, *ARGS)
+    named = argv[0].startswith(('--out_dir', 'config', 'out'))
+    assert match in fails(evaluation, monkeypatch, capsys, *['--out_dir=out/m'] * (not named), *argv, *ARGS)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# figures
 
 def write_results(folder, rows, **settings):
     os.makedirs(folder, exist_ok=True)
     with open(f'{folder}/eval.jsonl', 'a') as f:
         for gflops, ppl in rows:
-            f.write(json.dumps({'gflops': gflops, 'gen_ppl': ppl, 'seconds_per_sample': gflops / 10, 'entropy_position': 4.0, 'entropy_sample': 4.4,
-                                **settings}) + '\n')
+            f.write(json.dumps({'gflops': gflops, 'gen_ppl': ppl, 'seconds_per_sample': gflops / 10,
+                                'entropy_position': 4.0, 'entropy_sample': 4.4, **settings}) + '\n')
+
+
+def options(**given):
+    return plot.frontier_options(types.SimpleNamespace(**{**defaults_of(plot.FrontierConfig), **given}))
 
 
 def tables(text):
@@ -401,28 +499,32 @@ def tables(text):
     return found
 
 
+def drawn(names, **options):
+    """-> the tables of a frontier, and all that it prints."""
+    out = io.StringIO()
+    plot.frontier(plot.measured(names), 'f.png', out, **options)
+    return tables(out.getvalue()), out.getvalue()
+
+
 def test_frontier():
     write_results('a', [(40, 50.0), (10, 200.0), (20, 100.0)])
     write_results('b', [(30, 60.0), (15, 150.0), (30, 66.0)])  # measured again: the later one counts
-    out = io.StringIO()
-    plot.frontier(plot.measured(['a', 'b/']), 'f.png', out)
-    assert out.getvalue().startswith('[1] a\n[2] b\n\n')
-    found = tables(out.getvalue())
-    assert found['gen_ppl at gflops'] == {'columns': ['10', '20', '40'], '[1]': ['200', '100', '50'], '[2]': ['n/a', '122', 'n/a']}
-    assert found['entropy_sample at gflops']['[2]'] == ['n/a', '4.4', 'n/a'] and 'diversity at gflops' not in found
-    assert os.path.getsize('f.png') > 1000
-    out = io.StringIO()
-    plot.frontier(plot.measured(['a', 'b']), 'f.png', out, **plot.frontier_options(gflops='15,30'))
-    assert tables(out.getvalue())['gen_ppl at gflops'] == {'columns': ['15', '30'], '[1]': ['150', '75'], '[2]': ['150', '66']}
+    found, out = drawn(['a', 'b/'])
+    assert out.startswith('[1] a\n[2] b\n\n')
+    assert found['gen_ppl at gflops'] == {'columns': ['10', '20', '40'], '[1]': ['200', '100', '50'],
+                                          '[2]': ['n/a', '122', 'n/a']}
+    assert found['entropy_sample at gflops']['[2]'] == ['n/a', '4.4', 'n/a']
+    assert 'diversity at gflops' not in found and os.path.getsize('f.png') > 1000
+    found, _ = drawn(['a', 'b'], **options(gflops='15,30'))
+    assert found['gen_ppl at gflops'] == {'columns': ['15', '30'], '[1]': ['150', '75'], '[2]': ['150', '66']}
 
 
 def test_steps_are_not_interpolated():
     write_results('a', [(10, 200.0)], steps=1)
     write_results('a', [(30, 100.0)], steps=3)
     write_results('b', [(20, 150.0)], steps=2)
-    out = io.StringIO()
-    plot.frontier(plot.measured(['a', 'b']), 'f.png', out)
-    assert tables(out.getvalue())['gen_ppl at steps'] == {'columns': ['1', '2', '3'], '[1]': ['200', 'n/a', '100'], '[2]': ['n/a', '150', 'n/a']}
+    assert drawn(['a', 'b'])[0]['gen_ppl at steps'] == {
+        'columns': ['1', '2', '3'], '[1]': ['200', 'n/a', '100'], '[2]': ['n/a', '150', 'n/a']}
 
 
 def test_seeds_are_one_curve():
@@ -431,99 +533,137 @@ def test_seeds_are_one_curve():
     write_results('a_seed2', [(10, 999.0)], step=4)  # not yet trained to the end
     found = plot.curves(plot.measured(['a', 'a_seed1', 'a_seed2']))
     assert {k: len(v) for k, v in found.items()} == {'a, step 5 (2 seeds)': 2, 'a, step 4': 1}
-    runs = found['a, step 5 (2 seeds)']
-    assert plot.over_runs(runs, 'gflops', 10, 'gen_ppl') == pytest.approx((210, 200**0.5))
-    assert plot.over_runs(runs, 'gflops', 15, 'gen_ppl')[0] == pytest.approx(157.5)
-    mean, deviation = plot.over_runs(runs, 'gflops', 30, 'gen_ppl')
-    assert mean == 50 and math.isnan(deviation)
-    out = io.StringIO()
-    plot.frontier(plot.measured(['a', 'a_seed1']), 'f.png', out)
-    assert tables(out.getvalue())['gen_ppl at gflops']['[1]'] == ['210±14', '105±7.1', '50']
+
+    def at(gflops):
+        return plot.mean_and_deviation(plot.values_at(found['a, step 5 (2 seeds)'], 'gflops', gflops, 'gen_ppl'))
+    assert at(10) == pytest.approx((210, 200**0.5)) and at(15)[0] == pytest.approx(157.5)
+    assert at(30)[0] == 50 and math.isnan(at(30)[1]) and math.isnan(at(31)[0])
+    assert drawn(['a', 'a_seed1'])[0]['gen_ppl at gflops']['[1]'] == ['210±14', '105±7.1', '50']
+
+
+def test_a_curve_is_mean_and_range():
+    _, ax = plot.plt.subplots()
+    plot.curve(ax, [1, 2, 3], [[4.0, 1.0, 1.0], [5.0], []], label='three runs')
+    line, _, (bars,) = ax.containers[0]
+    assert line.get_ydata().tolist()[:2] == [2.0, 5.0] and math.isnan(line.get_ydata()[2])
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()[:2]] == [[1.0, 4.0], [5.0, 5.0]]
+    plot.plt.close('all')
 
 
 def test_other_settings_are_another_curve():
     write_results('a', [(10, 200.0)], strategy='joint', temperature=1.0)
     write_results('a', [(10, 100.0), (20, 50.0)], strategy='seq', temperature=1.0)
-    found = plot.curves(plot.measured(['a']))
-    assert {k: [len(run) for run in runs] for k, runs in found.items()} == {'a, strategy joint': [1], 'a, strategy seq': [2]}
+    lengths = {k: [len(run) for run in runs] for k, runs in plot.curves(plot.measured(['a'])).items()}
+    assert lengths == {'a, strategy joint': [1], 'a, strategy seq': [2]}
 
 
 @pytest.mark.parametrize('name, L, layers, hidden', [('lm1b', 128, 13, 1024), ('owt', 512, 13, 1024)])
 def test_the_papers_tables(name, L, layers, hidden):
-    paper = plot.frontier_options(name)['paper']
+    paper = options(paper=name)['paper']
     for row in paper['rows'].values():
         assert len(row['gen_ppl']) == len(row['entropy']) == len(paper['gflops'])
-    assert paper['rows']['MDLM']['gflops_per_call'] == round(layers * (12 * L * hidden**2 + 2 * L**2 * hidden) / 1e9, 2)
+    call = round(layers * (12 * L * hidden**2 + 2 * L**2 * hidden) / 1e9, 2)
+    assert paper['rows']['MDLM']['gflops_per_call'] == call
     for label, row in paper['rows'].items():
         if label != 'MDLM':
             S = L + int(label.split('-')[2].split()[0])
             assert row['gflops_per_call'] == round(12 * (12 * S * 768**2 + 2 * S**2 * 768) / 1e9, 2)
     write_results('a', [(40, 50.0), (100, 20.0)])
-    out = io.StringIO()
-    plot.frontier(plot.measured(['a']), 'f.png', out, paper=paper)
-    found = tables(out.getvalue())
+    found, _ = drawn(['a'], paper=paper)
     assert 'MDLM' not in found['gen_ppl at gflops'] and len(found['entropy at gflops, the paper']) == 8
 
 
-def test_frontier_measures_what_is_missing(monkeypatch, capsys):
+def test_a_frontier_measures_what_is_missing(monkeypatch, capsys):
     make('ar', 'out/a')
     make('mdlm', 'out/m')
     make('di', 'out/d')
     args = ['--teacher=out/a', '--num_samples=6', '--batch_size=4', '--device=cpu']
-    frontier.main(['out/m', 'out/d', 'out/a', '--steps=1,2', *args, '--results=all.jsonl'])
-    out = capsys.readouterr().out
-    assert len(lines(out)) == 2 + 4 + 1 and os.path.getsize('out/m/frontier.png') > 1000
-    assert '[1] out/m\n' in out and '[3] out/d, strategy seq, latent_steps 8\n' in out and len(lines(open('all.jsonl').read())) == 7
-    frontier.main(['out/m', 'out/d', '--steps=1,2,4', '--strategies=joint', *args, '--save=f.png'])  # a longer sweep
-    new = lines(capsys.readouterr().out)
+
+    def sweep(*argv):
+        evaluation.main([*argv, *args])
+        out = capsys.readouterr().out
+        return lines(out), out
+    new, out = sweep('out/m', 'out/d', 'out/a', '--steps=1,2', '--results=all.jsonl')
+    assert len(new) == 2 + 4 + 1 and os.path.getsize('out/m/frontier.png') > 1000
+    assert '[1] out/m\n' in out and '[3] out/d, strategy seq, latent_steps 8\n' in out
+    assert len(lines(open('all.jsonl').read())) == 7
+    new, _ = sweep('out/m', 'out/d', '--steps=1,2,4', '--strategies=joint', '--save=f.png')  # a longer sweep
     assert [(r['model'], r['steps']) for r in new] == [('out/m', 4), ('out/d', 4)] and os.path.exists('f.png')
     make('mdlm', 'out/m_seed1', hidden=32)
     kept = open('all.jsonl').read()
-    assert 'all.jsonl holds results' in fails(frontier, monkeypatch, capsys, 'out/m', *args, '--results=all.jsonl') and open('all.jsonl').read() == kept
-    frontier.main(['out/m', 'out/d', 'out/a', 'all.jsonl', '--steps=1,2', *args, '--results=all.jsonl'])
+    assert 'all.jsonl holds results' in fails(evaluation, monkeypatch, capsys, 'out/m', *args,
+                                              '--results=all.jsonl')
     assert open('all.jsonl').read() == kept
-    capsys.readouterr()
-    frontier.main(['out/m_seed1', 'all.jsonl', '--steps=1,2', *args])  # a seed added later, beside runs that may be gone
-    out = capsys.readouterr().out
-    assert len(lines(out)) == 2 and '[1] out/m (2 seeds)' in out
-    make('mdlm', 'out/m', schedule='polynomial', num_layers=2)  # trained anew: the old results are of other weights
-    frontier.main(['out/m', '--steps=2', *args])
-    assert len(lines(capsys.readouterr().out)) == 1
+    sweep('out/m', 'out/d', 'out/a', 'all.jsonl', '--steps=1,2', '--results=all.jsonl')
+    assert open('all.jsonl').read() == kept
+    # a seed added later, beside runs that may be gone
+    new, out = sweep('out/m_seed1', 'all.jsonl', '--steps=1,2')
+    assert len(new) == 2 and '[1] out/m (2 seeds)' in out
+    # trained anew: the old results are of other weights
+    make('mdlm', 'out/m', schedule='polynomial', num_layers=2)
+    assert len(sweep('out/m', '--steps=2')[0]) == 1
     make('ar', 'out/a', num_layers=2)  # another teacher
-    frontier.main(['out/m', '--steps=2', *args])
-    assert len(lines(capsys.readouterr().out)) == 1
-    monkeypatch.setattr(eval, 'main', lambda argv: pytest.fail('measured again'))
-    frontier.main(['out/m', '--steps=2', *args, '--time=cpu'])
+    assert len(sweep('out/m', '--steps=2')[0]) == 1
+    monkeypatch.setattr(evaluation, 'evaluate', lambda argv: pytest.fail('measured again'))
+    sweep('out/m', '--steps=2', '--time=cpu')
 
 
-@pytest.mark.parametrize('argv, match', [([], 'which runs'), (['out/none'], 'holds no checkpoint'), (['out/m', '--strategies=seq'], 'none of the strategies'),
-                                         (['out/m', '--teacher=out/m'], 'bounds a likelihood'), (['out/m', '--steps=0'], '--steps wants'),
-                                         (['out/m', '--paper=ptb'], 'lm1b and owt'), (['out/m', '--time=late'], 'wall or cpu'),
-                                         (['out/m', '--gflops=few'], '--gflops wants'), (['out/m', '--results=x'], '.jsonl'),
-                                         (['none.jsonl', '--teacher=out/a'], 'none.jsonl holds no Gen PPL'), (['out/m', '--num_samples=0'], 'at least 1')])
+def test_latent_steps_are_curves_of_a_frontier(capsys):
+    make('ar', 'out/a')
+    make('co', 'out/c')
+    evaluation.main(['out/c', '--strategies=seq', '--latent_steps=2,3', '--steps=1', '--teacher=out/a', *ARGS])
+    out = capsys.readouterr().out
+    assert [r['latent_steps'] for r in lines(out)] == [2, 3]
+    assert '[1] out/c, latent_steps 2\n[2] out/c, latent_steps 3\n' in out
+
+
+@pytest.mark.parametrize('argv, match', [
+    ([], 'name one model'),
+    (['out/none'], 'holds no checkpoint'),
+    (['out/m', '--strategies=seq'], 'none of the strategies'),
+    (['out/m', '--teacher=out/m'], 'no exact likelihood'),
+    (['out/m', '--steps=0'], '--steps wants'),
+    (['out/m', '--paper=ptb'], 'lm1b and owt'),
+    (['out/m', '--time=late'], 'wall, cpu'),
+    (['out/m', '--gflops=few'], '--gflops wants'),
+    (['out/m', '--results=x'], '.jsonl'),
+    (['none.jsonl', '--teacher=out/a'], 'none.jsonl holds no Gen PPL'),
+    (['out/m', '--num_samples=0'], 'at least 1'),
+    (['out/m', '--metrics=val_ppl'], '--out_dir=out/m'),
+])
 def test_mistakes_at_the_frontier(argv, match, monkeypatch, capsys):
     make('mdlm', 'out/m')
     make('ar', 'out/a')
-    assert match in fails(frontier, monkeypatch, capsys, *argv, '--device=cpu', *([] if '--teacher=out/m' in argv else ['--teacher=out/a']))
+    argv = [*argv, '--device=cpu', *['--teacher=out/a'] * ('--teacher=out/m' not in argv)]
+    assert match in fails(evaluation, monkeypatch, capsys, *argv)
 
 
 def test_loss_curves(monkeypatch, capsys):
     os.makedirs('a')
     save, labels = plot.save, []
-    monkeypatch.setattr(plot, 'save', lambda figure, path: (labels.extend(figure.axes[0].get_legend_handles_labels()[1]), save(figure, path)))
+    monkeypatch.setattr(plot, 'save', lambda figure, path: (
+        labels.extend(figure.axes[0].get_legend_handles_labels()[1]), save(figure, path)))
     with open('a/log.jsonl', 'w') as f:
-        f.write('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n{"step": 2, "val_loss": 2.5, "val_ppl": 12.2}\n{"step": 3, "lo')
+        f.write('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n'
+                '{"step": 2, "val_loss": 2.5, "val_ppl": 12.2}\n{"step": 3, "lo')
     plot.main(['log', 'a'])
     assert '2.5000 nats per token at step 2' in capsys.readouterr().out and os.path.getsize('a/log.png') > 1000
     assert labels == ['a, training objective', 'a, validation']
 
 
-@pytest.mark.parametrize('argv, match', [([], 'plot.py log'), (['frontier'], 'plot.py log'), (['front', 'a'], 'plot.py log'), (['log', 'a'], 'no log.jsonl'),
-                                         (['frontier', 'a'], 'no Gen PPL yet'), (['log', 'a', '--sav=x'], 'did you mean save'),
-                                         (['log', 'a', '--paper=lm1b'], 'unknown key paper'),
-                                         (['log', 'b', '--save=no/where.png'], 'cannot write'), (['log', 'b', '--save=x.doc'], 'cannot write')])
+@pytest.mark.parametrize('argv, match', [
+    ([], 'lib.plot log'), (['frontier'], 'lib.plot log'), (['front', 'a'], 'lib.plot log'),
+    (['log', 'a'], 'no log.jsonl'), (['frontier', 'a'], 'no Gen PPL yet'), (['smoothness', 'a'], 'no smoothness yet'),
+    (['log', 'a', '--sav=x'], 'did you mean save'), (['log', 'a', '--paper=lm1b'], 'unknown key paper'),
+    (['log', 'b', '--save=no/where.png'], 'cannot write'), (['log', 'b', '--save=x.doc'], 'cannot write'),
+])
 def test_mistakes_in_plotting(argv, match, monkeypatch, capsys):
     os.makedirs('b')
     open('b/log.jsonl', 'w').write('{"step": 1, "val_loss": 3.0}\n')
     monkeypatch.setattr(plot, 'print', lambda *args, **kwargs: None, raising=False)
     assert match in fails(plot, monkeypatch, capsys, *argv)
+
+
+def test_no_name_of_python_is_shadowed():
+    """`import eval` would take the name of a builtin."""
+    assert evaluation.__name__ == 'eval' and itertools.chain

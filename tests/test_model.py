@@ -1,27 +1,27 @@
-"""model.py against an independent, slow definition of the DiT and MM-DiT blocks, and against the papers' sizes."""
+"""model.py against an independent, slow definition of DiT and MM-DiT, and against the papers' sizes."""
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import scrambled
 
 import model
 from model import DiT, head_cross_entropy, head_nll, rope_table, rotate
 
 
-def scrambled(*args, seed=0, **kwargs):
+def scrambled_dit(*args, **kwargs):
     """A double-precision DiT that has left its initialisation: AdaLN and biases are not zero."""
-    torch.manual_seed(seed)
-    net = DiT(*args, **kwargs).double()
-    for p in net.parameters():
-        p.data = torch.randn_like(p) * (0.3 if p.dim() == 1 else p.shape[1] ** -0.5)
-    return net
+    return scrambled(DiT(*args, **kwargs).double())
 
 
-# --- the definition, one sequence, one head and one position at a time -----------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the definition, one sequence, one head and one position at a time
 
 def layer_norm(x):
-    return (x - x.mean(-1, keepdim=True)) / torch.sqrt(((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True) + 1e-5)
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
 
 
 def gelu_tanh(x):
@@ -46,7 +46,8 @@ def reference(net, xs, ts, heads, causal=False):
     cs = []
     for i, t in enumerate(ts):
         angles = torch.tensor([1000 * t * 10000 ** (-j / 128) for j in range(128)], dtype=torch.float64)
-        c = silu(W[f'time.{i}.mlp.0.weight'] @ torch.cat((angles.cos(), angles.sin())) + W[f'time.{i}.mlp.0.bias'])
+        waves = torch.cat((angles.cos(), angles.sin()))
+        c = silu(W[f'time.{i}.mlp.0.weight'] @ waves + W[f'time.{i}.mlp.0.bias'])
         cs.append(silu(W[f'time.{i}.mlp.2.weight'] @ c + W[f'time.{i}.mlp.2.bias']))
     d, hd = xs[0].shape[1], xs[0].shape[1] // heads
     for b in range(net.num_layers):
@@ -77,16 +78,20 @@ def reference(net, xs, ts, heads, causal=False):
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_dit_is_its_definition(causal):
-    net = scrambled(16, 2, 2, 8, max_len=9, causal=causal)
+    net = scrambled_dit(16, 2, 2, 8, max_len=9, causal=causal)
     x, t = torch.randn(3, 7, 16, dtype=torch.float64), torch.tensor([0.1, 0.5, 1.0])
     h = net(x, t=[t])
     for b in range(3):
-        torch.testing.assert_close(h[b], reference(net, [x[b]], [float(t[b])], 2, causal)[0], rtol=1e-4, atol=1e-4)  # RoPE and t are fp32
+        (expected,) = reference(net, [x[b]], [float(t[b])], 2, causal)
+        torch.testing.assert_close(h[b], expected, rtol=1e-4, atol=1e-4)  # RoPE and t are fp32
 
 
 def test_mm_dit_is_its_definition():
-    """Two modalities with weights and times of their own, one attention over both; the second modality's positions follow the first's."""
-    net = scrambled(16, 2, 4, 8, max_len=9, modalities=2)
+    """Two modalities with weights and times of their own, one attention over both.
+
+    The positions of the second modality follow those of the first.
+    """
+    net = scrambled_dit(16, 2, 4, 8, max_len=9, modalities=2)
     x, z, t = torch.randn(2, 5, 16).double(), torch.randn(2, 3, 16).double(), torch.tensor([0.25, 0.75])
     h_x, h_z = net(x, z, t=[None, t])
     for b in range(2):
@@ -97,10 +102,10 @@ def test_mm_dit_is_its_definition():
 
 def test_one_modality_with_shared_weights_is_the_dit():
     """An MM-DiT whose modalities hold equal weights and times is the DiT over the concatenation."""
-    one, two = scrambled(16, 2, 2, 8, max_len=8), DiT(16, 2, 2, 8, max_len=8, modalities=2).double()
+    one, two = scrambled_dit(16, 2, 2, 8, max_len=8), DiT(16, 2, 2, 8, max_len=8, modalities=2).double()
     weights = one.state_dict()
-    two.load_state_dict({k: weights[k.replace('modalities.1', 'modalities.0').replace('time.1', 'time.0').replace('ada.1', 'ada.0')]
-                         for k in two.state_dict()})
+    shared = {k: re.sub(r'(modalities|time|ada)\.1', r'\1.0', k) for k in two.state_dict()}
+    two.load_state_dict({k: weights[name] for k, name in shared.items()})
     x, t = torch.randn(2, 8, 16).double(), torch.rand(2)
     torch.testing.assert_close(torch.cat(two(x[:, :5], x[:, 5:], t=[t, t]), dim=1), one(x, t=[t]))
 
@@ -118,7 +123,8 @@ def test_rope_sees_distances_only():
     """q at position i meets k at position j in a score that depends on i - j, and does depend on it."""
     torch.manual_seed(0)
     cos, sin = rope_table(64, 16)
-    q, k = (rotate(torch.randn(16).double().expand(1, 1, 64, 16), cos.double(), sin.double())[0, 0] for _ in range(2))
+    cos, sin = cos.double(), sin.double()
+    q, k = (rotate(torch.randn(16).double().expand(1, 1, 64, 16), cos, sin)[0, 0] for _ in range(2))
     scores = q @ k.T
     for offset in (-20, -1, 0, 3, 31):
         diagonal = scores.diagonal(offset)
@@ -127,7 +133,7 @@ def test_rope_sees_distances_only():
 
 
 def test_order_matters_to_the_dit():
-    net = scrambled(16, 1, 2, 8, max_len=8)
+    net = scrambled_dit(16, 1, 2, 8, max_len=8)
     x = torch.randn(1, 6, 16).double()
     order = torch.tensor([1, 0, 2, 3, 4, 5])
     assert (net(x[:, order]) - net(x)[:, order]).abs().max() > 1e-2
@@ -135,7 +141,7 @@ def test_order_matters_to_the_dit():
 
 @pytest.mark.parametrize('prefill', [0, 4])
 def test_caches_give_the_full_causal_pass(prefill):
-    net = scrambled(16, 3, 2, 8, max_len=10, causal=True)
+    net = scrambled_dit(16, 3, 2, 8, max_len=10, causal=True)
     x = torch.randn(2, 10, 16).double()
     caches = [[torch.zeros(2, 2, 0, 8).double(), torch.zeros(2, 2, 0, 8).double()] for _ in range(3)]
     h = [net(x[:, :prefill], caches=caches)] if prefill else []
@@ -144,7 +150,7 @@ def test_caches_give_the_full_causal_pass(prefill):
 
 
 def test_causal_positions_do_not_see_ahead():
-    net = scrambled(16, 2, 2, 8, max_len=8, causal=True)
+    net = scrambled_dit(16, 2, 2, 8, max_len=8, causal=True)
     x = torch.randn(1, 8, 16).double()
     later = x.clone()
     later[:, 5:] += 1
@@ -152,9 +158,11 @@ def test_causal_positions_do_not_see_ahead():
     assert not torch.equal(net(x)[:, 5:], net(later)[:, 5:])
 
 
-# --- the papers' sizes ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the papers' sizes
 
-@pytest.mark.parametrize('hidden, layers, heads, cond, modalities', [(1024, 13, 16, 256, 1), (768, 12, 12, 128, 2)], ids=['MDLM', 'LADD'])
+@pytest.mark.parametrize('hidden, layers, heads, cond, modalities', [
+    (1024, 13, 16, 256, 1), (768, 12, 12, 128, 2)], ids=['MDLM', 'LADD'])
 def test_paper_sizes_have_184M_parameters(hidden, layers, heads, cond, modalities):
     with torch.device('meta'):
         net = DiT(hidden, layers, heads, cond, 640, modalities)
@@ -162,9 +170,10 @@ def test_paper_sizes_have_184M_parameters(hidden, layers, heads, cond, modalitie
 
 
 @pytest.mark.parametrize('hidden, layers, S, gflops', [
-    (1024, 13, 128, '21.37'), (768, 12, 128 + 128, '22.95'), (768, 12, 128 + 32, '14.06'),  # LM1B: MDLM, LADD-128, LADD-32
-    (1024, 13, 512, '90.73'), (768, 12, 512 + 64, '55.04'), (768, 12, 512 + 16, '49.98'),  # OWT: MDLM, LADD-64, LADD-16
-])
+    # LM1B: MDLM, LADD-128, LADD-32
+    (1024, 13, 128, '21.37'), (768, 12, 128 + 128, '22.95'), (768, 12, 128 + 32, '14.06'),
+    # OWT: MDLM, LADD-64, LADD-16
+    (1024, 13, 512, '90.73'), (768, 12, 512 + 64, '55.04'), (768, 12, 512 + 16, '49.98')])
 def test_flops_are_those_of_table_12(hidden, layers, S, gflops):
     with torch.device('meta'):
         net = DiT(hidden, layers, 4, 128, S, modalities=2)
@@ -178,21 +187,23 @@ def test_attention_has_no_biases():
     assert not [name for name in names if ('qkv' in name or '.out.' in name) and 'bias' in name]
 
 
-# --- the vocabulary head ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the vocabulary head
 
 @pytest.mark.parametrize('rows', [4, 11, 40])
 def test_head_cross_entropy_is_cross_entropy(rows, monkeypatch):
-    """Value and all gradients, also when the logits come in chunks (and parts of chunks) that do not divide the 11 rows."""
-    chunk_size = next(name for name in vars(model) if name.startswith('rows_'))
-    monkeypatch.setattr(model, chunk_size, lambda *args, **kwargs: rows // 2 + 1 if kwargs else rows)
+    """Value and all gradients, also where chunks of logits, or parts of chunks, do not divide 11 rows."""
+    monkeypatch.setattr(model, 'rows_at_once', lambda *args, cpu=0: rows // 2 + 1 if cpu else rows)
     torch.manual_seed(0)
     head, h = torch.nn.Linear(6, 7).double(), torch.randn(11, 6).double().requires_grad_()
     targets, weights = torch.randint(7, (11,)), torch.rand(11).double()
     weights[3] = 0
     leaves = [h, head.weight, head.bias]
-    losses = head_cross_entropy(head, h, targets, weights), (F.cross_entropy(head(h), targets, reduction='none') * weights).sum()
+    expected = F.cross_entropy(head(h), targets, reduction='none')
+    losses = head_cross_entropy(head, h, targets, weights), (expected * weights).sum()
     torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=1e-5)  # the sum is fp32
     for ours, theirs in zip(*(torch.autograd.grad(3 * loss, leaves) for loss in losses)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(head_nll(head, h, targets).double(), F.cross_entropy(head(h), targets, reduction='none'), rtol=1e-5, atol=1e-5)
+        nats = head_nll(head, h, targets).double()
+        torch.testing.assert_close(nats, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""noise.py: every number is a function of (seed, step, global row, name), and has the law it claims.
+"""lib/noise.py: every number is a function of (seed, step, global row, name), and has the law it claims.
 
 Bounds are 4.5 standard errors of the statistic (two-sided chance of failure 7e-6, and the seeds are fixed).
 """
@@ -6,18 +6,9 @@ import math
 
 import pytest
 import torch
+from helpers import chi_square
 
 from lib.noise import Noise
-
-
-def chi_square(counts, probs):
-    """How many standard deviations the chi-square of counts lies above its mean under probs (Wilson-Hilferty)."""
-    counts, probs = counts.double().flatten(), probs.double().flatten()
-    expected = probs / probs.sum() * counts.sum()
-    assert expected.min() > 5, 'too few draws for a chi-square'
-    df = len(counts) - 1
-    ratio = float(((counts - expected) ** 2 / expected).sum()) / df
-    return (ratio ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
 
 
 def batch(seed=0, step=0, total=2**16):
@@ -59,7 +50,8 @@ def test_normal_has_its_law():
     (batch().uniform('a', 8)[:-1], batch().uniform('a', 8)[1:]),
     (batch().uniform('a', 8)[:-1, 1:], batch().uniform('a', 8)[1:, :-1]),
     (batch().uniform('a', 8)[:, :-1], batch().uniform('a', 8)[:, 1:]),
-], ids=['names', 'names, many', 'names, alike', 'shapes', 'seeds', 'steps', 'seed and step', 'rows', 'rows, many', 'diagonal', 'columns'])
+], ids=['names', 'names, many', 'names, alike', 'shapes', 'seeds', 'steps', 'seed and step', 'rows',
+        'rows, many', 'diagonal', 'columns'])
 def test_draws_are_independent(a, b):
     """Pairs fill a 16 x 16 grid evenly, which is more than being uncorrelated."""
     pairs = (a * 16).long() * 16 + (b * 16).long()
@@ -78,7 +70,8 @@ def test_processes_hold_rows_of_one_batch(world):
     whole = batch(seed=5, step=7, total=12)
     for rank in range(world):
         mine = Noise(5, 7, torch.arange(rank, 12, world), 12)
-        for draw in (lambda n: n.uniform('a', 2, 3), lambda n: n.normal('a', 5), lambda n: n.uniform('a'), lambda n: n.times('t')):
+        for draw in (lambda n: n.uniform('a', 2, 3), lambda n: n.normal('a', 5), lambda n: n.uniform('a'),
+                     lambda n: n.times('t'), lambda n: n.times('t', shuffled=False)):
             assert torch.equal(draw(mine), draw(whole)[rank::world])
             assert torch.equal(draw(whole[rank::world]), draw(mine))
         assert torch.equal(mine.permutation('p', 9), whole.permutation('p', 9))
@@ -91,27 +84,28 @@ def test_times_take_one_from_every_stratum(total):
         assert sorted((t * total).long().tolist()) == list(range(total))
 
 
-def test_times_in_order_are_evenly_spaced_in_every_share():
-    """Whichever share of the batch a process or a micro-batch holds, its times are the strata of a batch of that size."""
+def test_times_that_are_not_shuffled_are_evenly_spaced_in_every_share():
+    """The times of a process or a micro-batch, whichever its share, are the strata of a batch of that size."""
     for parts in (1, 2, 8):
         for step in range(20):
             for part in range(parts):
-                t = Noise(0, step, torch.arange(16)[part::parts], 16).times('t_x', in_order=True)
+                t = Noise(0, step, torch.arange(16)[part::parts], 16).times('t_x', shuffled=False)
                 assert sorted((t * (16 // parts)).long().tolist()) == list(range(16 // parts))
 
 
-@pytest.mark.parametrize('in_order', [False, True])
-def test_time_of_a_row_is_uniform(in_order):
-    t = torch.stack([batch(step=step, total=16).times('t_x', in_order) for step in range(2000)])  # (steps, rows)
+@pytest.mark.parametrize('shuffled', [True, False])
+def test_time_of_a_row_is_uniform(shuffled):
+    t = torch.stack([batch(step=step, total=16).times('t_x', shuffled) for step in range(2000)])  # (steps, rows)
     for row in (0, 7, 15):
         assert chi_square(torch.histc(t[:, row], 20, 0, 1), torch.ones(20)) < 4.5
 
 
-@pytest.mark.parametrize('in_order', [False, True])
-def test_times_of_two_channels_are_independent(in_order):
-    """Of which one may be in order: if both were, the difference of the two times would be one constant for the whole batch."""
+@pytest.mark.parametrize('shuffled', [True, False])
+def test_times_of_two_channels_are_independent(shuffled):
+    """One of them may do without shuffling. If both did, their difference would be constant over the batch."""
     steps = [batch(step=step, total=16) for step in range(2000)]
-    x, z = (torch.stack([noise.times(name, name == 't_x' and in_order) for noise in steps]) for name in ('t_x', 't_z'))
+    x = torch.stack([noise.times('t_x', shuffled) for noise in steps])
+    z = torch.stack([noise.times('t_z') for noise in steps])
     assert ((x - z) % 1).std(dim=1).min() > 0.05
     for row in (0, 7, 15):
         pairs = (x[:, row] * 8).long() * 8 + (z[:, row] * 8).long()
@@ -121,7 +115,10 @@ def test_times_of_two_channels_are_independent(in_order):
 
 
 def test_times_are_never_zero_or_one():
-    """u + pi / B that rounds to 1 would wrap to t = 0, where the weight 1 / t is infinite (seen in B of 2^23 batches)."""
+    """u + pi / B that rounds to 1 would wrap to t = 0, where the weight 1 / t is infinite.
+
+    It happened in B of 2^23 batches.
+    """
     for step in range(60):
         t = batch(step=step, total=2**16).times('t_x')
         assert t.min() > 0 and t.max() < 1

@@ -1,4 +1,4 @@
-import json
+"""train.py: it learns and says so, continues exactly, survives bad days, and many processes equal one."""
 import os
 import signal
 import subprocess
@@ -7,34 +7,27 @@ import sys
 import pytest
 import torch
 
-from lib import checkpoint
-from lib import configurator
+import ladd
+import lib.log
 import mdlm
 import train
+from helpers import (
+    TINY_RUN,
+    TOY_METHODS,
+    TWO_STAGES,
+    Toy,
+    at_step,
+    go,
+    log,
+    losses,
+    open_toy,
+    same,
+    weights,
+)
+from lib import checkpoint
 from lib.configurator import UserError
-from lib.noise import Noise
-
-
-class Toy:
-    """16 tokens of 4, each the one before it plus 0 or 1."""
-    vocab_size, block_size = 4, 16
-
-    def batch(self, seed, step, rows):
-        return (Noise(seed, step, rows, 1).uniform('toy', 16) * 2).long().cumsum(dim=1) % 4
-
-    def rows(self, idx):
-        return self.batch(1234, 0, idx)
-
-    def __len__(self):
-        return 50
-
-
-def open_toy(name, split, block_size):
-    return Toy()
-
-
-TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--dtype=float32', '--batch_size=8', '--learning_rate=3e-3',
-        '--log_interval=1', '--eval_seqs=20', '--dataset=toy', '--device=cpu']
+from lib.signals import heed_signals
+from methods import METHODS, build
 
 
 @pytest.fixture(autouse=True)
@@ -43,78 +36,57 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def log(name):
-    with open(f'{name}/log.jsonl') as f:
-        return [json.loads(line) for line in f]
+def timeless(name):
+    """The records of a log without its speeds."""
+    return [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in log(name)]
 
 
-def losses(name):
-    return [(r['step'], r['loss'], r['grad_norm']) for r in log(name) if 'loss' in r]
-
-
-def go(name, *args):
-    train.main([*TINY, f'--out_dir={name}', *args])
-    return losses(name)
-
-
-def weights(name):
-    c = checkpoint.load(f'{name}/ckpt.pt')
-    return {**c['model'], **{'ema.' + k: v for k, v in c['ema'].items()}}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # it trains, and says so
 
 def test_it_learns_and_reports(capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(Toy, 'report', lambda self, method: seen.append((method.training, [p.clone() for p in method.parameters()])), raising=False)
+    monkeypatch.setattr(train, 'report', lambda method: seen.append(
+        (method.training, [p.clone() for p in method.parameters()])))
     log4 = 1.386
-    go('a', '--max_iters=200', '--eval_interval=50', '--ema=0.9', '--learning_rate=1e-2', '--warmup_iters=10', '--decay_lr=cosine', '--min_lr=0.1')
+    go('a', '--max_iters=200', '--eval_interval=50', '--ema=0.9', '--learning_rate=1e-2', '--warmup_iters=10',
+       '--decay_lr=cosine', '--min_lr=0.1', '--dataset=sawtooth')
     records = log('a')
     val = [r for r in records if 'val_loss' in r]
     assert [r['step'] for r in val] == [50, 100, 150, 200] and val[-1]['val_loss'] < 1.3 < log4
     rates = [r['lr'] for r in records if 'lr' in r]
     assert rates[0] == pytest.approx(1e-3) and max(rates) == 1e-2 and rates[-1] == pytest.approx(1e-3, rel=0.01)
     out = capsys.readouterr().out
-    assert out.startswith('mdlm on toy: 0.01M parameters') and 'GFLOPs per denoiser call; 128 tokens per step' in out
+    assert out.startswith('mdlm on sawtooth: 0.01M parameters')
+    assert 'GFLOPs per denoiser call; 128 tokens per step' in out
     ckpt = checkpoint.load('a/ckpt.pt')
-    assert ckpt['step'] == 200 and ckpt['tokens'] == 200 * 128 and ckpt['config']['vocab_size'] == 4 and ckpt['config']['block_size'] == 16
-    (training, params), = seen  # the data's report gets the averaged weights
-    assert not training and all(torch.equal(p, e) for p, e in zip(params, ckpt['ema'].values()))
+    assert ckpt['step'] == 200 and ckpt['tokens'] == 200 * 128
+    assert ckpt['config']['vocab_size'] == 4 and ckpt['config']['block_size'] == 16
+    (training, params), = seen  # the report gets the averaged weights
+    assert not training and all(torch.equal(p, e) for p, e in zip(params, ckpt['ema'].values(), strict=True))
     assert sorted(os.listdir('a')) == ['ckpt.pt', 'log.jsonl']
+    go('b', '--max_iters=1')  # other data has no report
+    assert capsys.readouterr().out.startswith('mdlm on toy: ') and len(seen) == 1
 
 
 def test_validation_does_not_depend_on_the_batch():
     torch.manual_seed(0)
-    method = checkpoint.build(dict(method='mdlm', vocab_size=4, block_size=16, hidden=16, num_layers=1, num_heads=2, cond_dim=8))
+    config = dict(method='mdlm', vocab_size=4, block_size=16, hidden=16, num_layers=1, num_heads=2, cond_dim=8)
+    method, values = build(config), []
     torch.nn.init.normal_(method.head.weight)
-    values = [train.evaluate(method, Toy(), n, batch, 0, 1, torch.device('cpu')) for n, batch in [(20, 20), (20, 7), (20, 1)]]
+    for batch_size in (20, 7, 1):
+        c = train.Config(batch_size=batch_size, dtype='float32')
+        trainer = train.Trainer(method, c, torch.device('cpu'))
+        with trainer.averaged():
+            values.append(trainer.evaluate(Toy(), 20))
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
-# ----------------------------------------------------------------------------
-# stop and go on
-
-TWO_STAGES = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--codebook_size=4', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1',
-              '--vq_start=5', '--stage1_iters=20']
-
+# ------------------------------------------------------------------------------------------------------------
+# stop and continue
 
 class Killed(Exception):
     pass
-
-
-def raise_at(monkeypatch, method, step, action):
-    forward = method.forward
-
-    def wrapped(self, x, noise):
-        if noise.step == step and self.training:
-            action()
-        return forward(self, x, noise)
-    monkeypatch.setattr(method, 'forward', wrapped)
 
 
 def killed():
@@ -123,14 +95,14 @@ def killed():
 
 @pytest.mark.parametrize('method, at', [('mdlm', 15), ('ladd', 15), ('ladd', 25)])
 def test_kill_and_resume_give_the_same_next_losses(monkeypatch, capsys, method, at):
-    if method == 'ladd':
-        pytest.importorskip('ladd')
-    args = ['--dropout=0.1', '--max_iters=40', '--eval_interval=10', '--decay_lr=linear', *(TWO_STAGES if method == 'ladd' else [])]
+    args = ['--dropout=0.1', '--max_iters=40', '--eval_interval=10', '--decay_lr=linear',
+            *(TWO_STAGES if method == 'ladd' else [])]
     whole = go('whole', *args)
-    begins = [line.strip()[:26] for line in capsys.readouterr().out.replace('\r', '\n').split('\n') if ' begins' in line or 'k-means' in line]
-    assert begins == (['step 5: k-means has made t', 'step 20: stage 2 begins: e'] if method == 'ladd' else [])
+    lines = capsys.readouterr().out.replace('\r', '\n').split('\n')
+    news = [line.strip()[:26] for line in lines if ' begins' in line or 'k-means' in line]
+    assert news == ([] if method == 'mdlm' else ['step 5: k-means has made t', 'step 20: stage 2 begins: e'])
     with monkeypatch.context() as m:
-        raise_at(m, configurator.method_class(method)[0], at, killed)
+        at_step(m, METHODS[method], at, killed)
         with pytest.raises(Killed):
             go('parts', *args)
     assert checkpoint.load('parts/ckpt.pt')['step'] == at - 5
@@ -139,15 +111,14 @@ def test_kill_and_resume_give_the_same_next_losses(monkeypatch, capsys, method, 
         f.write('{"step": 3, "lo')  # and a torn line
     assert go('parts', *args) == whole
     assert same(weights('parts'), weights('whole'))
-    strip = lambda name: [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in log(name)]
-    assert strip('parts') == strip('whole')
+    assert timeless('parts') == timeless('whole')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(monkeypatch, signum):
     whole = go('whole', '--max_iters=12')
     with monkeypatch.context() as m:
-        raise_at(m, mdlm.MDLM, 6, lambda: os.kill(os.getpid(), signum))
+        at_step(m, mdlm.MDLM, 6, lambda: os.kill(os.getpid(), signum))
         with pytest.raises(SystemExit) as e:
             go('parts', '--max_iters=12')
     assert e.value.code == 128 + signum and checkpoint.load('parts/ckpt.pt')['step'] == 7
@@ -155,109 +126,126 @@ def test_a_signal_saves_first(monkeypatch, signum):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_second_signal_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), heed_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_a_signal_between_two_steps_waits_for_the_next(monkeypatch):
-    """After the decision not to save this step, a signal must not end the run here: that would lose the steps since the last checkpoint."""
-    append = train.append
+    """The decision not to save this step has been made: to stop here would lose the steps since the last
+    checkpoint."""
+    append = lib.log.append
 
     def append_and_signal(path, record):
         if record['step'] == 6:
             os.kill(os.getpid(), signal.SIGTERM)
         append(path, record)
-    monkeypatch.setattr(train, 'append', append_and_signal)
+    monkeypatch.setattr(lib.log, 'append', append_and_signal)
     with pytest.raises(SystemExit):
         go('a', '--max_iters=12')
     assert checkpoint.load('a/ckpt.pt')['step'] == 7
 
 
 def test_killed_in_an_evaluation(monkeypatch):
-    """The log gets the validation that was interrupted: also the last one, behind which there is no step."""
+    """The log gets the validation that was interrupted, also the last one, which no step follows."""
     args = ['--max_iters=8', '--eval_interval=4', '--log_interval=3']
     go('whole', *args)
-    evaluate, killed_at = train.evaluate, []
+    evaluate, killed_at = train.Trainer.evaluate, []
 
-    def die_once(method, *rest):
+    def die_once(self, *rest):
         if len(killed_at) < 2 and (not killed_at or killed_at[-1] != os.path.exists('parts/ckpt.pt')):
             killed_at.append(os.path.exists('parts/ckpt.pt'))
             raise Killed
-        return evaluate(method, *rest)
-    monkeypatch.setattr(train, 'evaluate', die_once)
+        return evaluate(self, *rest)
+    monkeypatch.setattr(train.Trainer, 'evaluate', die_once)
     for _ in range(2):
         with pytest.raises(Killed):
             go('parts', *args)
     go('parts', *args)
-    strip = lambda name: [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in log(name)]
-    assert killed_at == [False, True] and strip('parts') == strip('whole') and [r['step'] for r in log('whole') if 'val_loss' in r] == [4, 8]
+    assert killed_at == [False, True] and timeless('parts') == timeless('whole')
+    assert [r['step'] for r in log('whole') if 'val_loss' in r] == [4, 8]
 
 
 def test_scratch_and_going_further(capsys):
     first = go('a', '--max_iters=5')
-    assert go('a', '--max_iters=5') == first and 'at step 5 of 5; a larger --max_iters goes on' in capsys.readouterr().out
+    assert go('a', '--max_iters=5') == first
+    assert 'at step 5 of 5; a larger --max_iters goes on' in capsys.readouterr().out
     more = go('a', '--max_iters=8', '--learning_rate=1e-4', '--beta2=0.95', '--batch_size=4')
     assert more[:5] == first and len(more) == 8 and log('a')[-1]['step'] == 8
     assert checkpoint.load('a/ckpt.pt')['tokens'] == (5 * 8 + 3 * 4) * 16
     assert go('a', '--max_iters=5', '--init_from=scratch') == first
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bad days
 
-def poison(monkeypatch, steps):
-    forward = mdlm.MDLM.forward
+def spoil(monkeypatch, Method, steps):
+    """The loss of these steps is not finite."""
+    forward = Method.forward
 
     def wrapped(self, x, noise):
         loss, logs = forward(self, x, noise)
         return loss * float('nan') if noise.step in steps else loss, logs
-    monkeypatch.setattr(mdlm.MDLM, 'forward', wrapped)
+    monkeypatch.setattr(Method, 'forward', wrapped)
 
 
 def test_a_loss_that_is_not_finite_leaves_no_trace(monkeypatch):
     go('clean', '--max_iters=6', '--ema=0')
-    poison(monkeypatch, {6})
+    spoil(monkeypatch, mdlm.MDLM, {6})
     go('spoilt', '--max_iters=7', '--ema=0')
     assert same(weights('spoilt'), weights('clean'))
     a, b = (checkpoint.load(f'{name}/ckpt.pt')['optimizer'] for name in ('spoilt', 'clean'))
-    assert all(same(a[i], b[i]) for i in b)
+    assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in b)
     assert [r.get('skipped') for r in log('spoilt')][:8] == [0] * 6 + [1, None]
     assert log('spoilt')[6]['loss'] is None  # JSON has no NaN
 
 
 def test_three_in_a_row_stop_the_run(monkeypatch):
-    poison(monkeypatch, {2, 3, 6, 12, 13, 14})  # two in a row are forgiven
+    spoil(monkeypatch, mdlm.MDLM, {2, 3, 6, 12, 13, 14})  # two in a row are forgiven
     with pytest.raises(SystemExit) as e:
         go('a', '--max_iters=40', '--eval_interval=10')
-    assert 'not finite in 3 steps in a row, up to step 15' in e.value.code  # a string as exit code: printed, and the code is 1
+    # a string as exit code: it is printed, and the code is 1
+    assert 'not finite in 3 steps in a row, up to step 15' in e.value.code
     ckpt = checkpoint.load('a/ckpt.pt')
     assert ckpt['step'] == 10 and all(v.isfinite().all() for v in ckpt['model'].values())
 
 
 def test_three_in_a_row_are_seen_between_two_logs(monkeypatch):
-    poison(monkeypatch, {2, 3, 4})
+    spoil(monkeypatch, mdlm.MDLM, {2, 3, 4})
     with pytest.raises(SystemExit):
         go('a', '--max_iters=40', '--eval_interval=10', '--log_interval=10')
     assert not os.path.exists('a/ckpt.pt')
 
 
-def test_buffers_come_back_after_a_spoilt_step(monkeypatch):
-    ladd = pytest.importorskip('ladd')
+def test_buffers_stay_in_a_spoilt_step(monkeypatch):
     args = [*TWO_STAGES, '--vq_start=0', '--max_iters=6', '--ema=0']
     go('clean', *args)
-    forward = ladd.LADD.forward
-    monkeypatch.setattr(ladd.LADD, 'forward', lambda self, x, noise: (lambda r: (r[0] * float('nan'), r[1]) if noise.step == 6 else r)(forward(self, x, noise)))
+    spoil(monkeypatch, ladd.LADD, {6})
     go('spoilt', *args, '--max_iters=7')
     assert same(weights('spoilt'), weights('clean'))
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # mistakes by the user: one line, nothing written
 
 @pytest.mark.parametrize('arg, words', [
-    ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'), ('config/none.py', 'cannot read'),
-    ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'), ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16 or float32'),
-    ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'), ('--init_from=best', 'auto, scratch, resume, out/OTHER'),
-    ('--init_from=out/none', 'out/none holds no checkpoint'), ('--init_from=a/b --method=ladd', 'of mdlm, not of ladd'),
-    ('--method=ladd', '--stage1_iters=N'), ('--method=ladd --encoder_layers=0', 'at least 1'), ('--method=ladd --latent_length=0', 'greater than 0'),
-    ('--method=ladd --dead_below=0', 'greater than 0'), ('--method=ldlm --tangent=0', 'greater than 0'), ('--method=ldlm --adaptive_floor=-1', 'negative'),
-    ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'negative'), ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'), ('--block_size=8', '16 tokens'),
+    ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'),
+    ('config/none.py', 'cannot read'), ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'),
+    ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16, float32'),
+    ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'),
+    ('--init_from=best', 'auto, scratch, resume, out/OTHER'),
+    ('--init_from=out/none', 'out/none holds no checkpoint'),
+    ('--init_from=a/b --method=ladd', 'mdlm, not '), ('--method=ladd', '--stage1_iters=N'),
+    ('--method=ladd --encoder_layers=0', 'at least 1'), ('--method=ladd --latent_length=0', 'greater than 0'),
+    ('--method=ladd --dead_below=0', 'greater than 0'), ('--method=ldlm --tangent=0', 'greater than 0'),
+    ('--method=ldlm --adaptive_floor=-1', 'at least 0'),
+    ('--ema=1', 'ema'), ('--dropout=1', 'dropout'), ('--learning_rate=-1', 'at least 0'),
+    ('--max_iters=0', 'at least 1'), ('--compile=1', 'True or False'), ('--block_size=8', '16 tokens'),
+    ('--min_lr=0.1', "no effect with decay_lr='constant'"),
 ])
 def test_mistakes(arg, words, tmp_path):
     with pytest.raises(UserError) as e:
@@ -273,7 +261,8 @@ def test_batch_must_divide_among_the_processes(monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize('arg', ['--hidden=32', '--num_layers=2', '--num_heads=1', '--method=ladd', '--dataset=other', '--seed=1'])
+@pytest.mark.parametrize('arg', ['--hidden=32', '--num_layers=2', '--num_heads=1', '--method=ladd',
+                                 '--dataset=other', '--seed=1'])
 def test_another_shape_is_refused_with_the_way_out(arg):
     go('a', '--max_iters=2')
     before = open('a/ckpt.pt', 'rb').read(), open('a/log.jsonl', 'rb').read()
@@ -284,12 +273,11 @@ def test_another_shape_is_refused_with_the_way_out(arg):
 
 
 def test_another_meaning_of_the_weights_is_refused(monkeypatch, capsys):
-    """Shapes say nothing of it: other characters of equal number, another length or noise of the latents."""
-    monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abcd', 'eos': False}, raising=False)
-    monkeypatch.setattr(Toy, 'wrap', False, raising=False)
-    args = [*ONE_AND_TWO['co_ladd'], '--max_iters=1']
+    """Shapes do not show it: as many other characters, another length or noise of the latents."""
+    monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abcd', 'eos': False})
+    args = [*TOY_METHODS['co_ladd'], '--max_iters=1']
     go('a', *args)
-    assert 'of the text itself, no bound' in capsys.readouterr().out
+    assert 'no bound' in capsys.readouterr().out
     for arg in ('--unit_norm=False', '--latent_length=2', '--latent_schedule=vp_linear'):
         with pytest.raises(UserError, match=f'not {arg[2:]}'):
             go('a', *args, arg)
@@ -298,7 +286,7 @@ def test_another_meaning_of_the_weights_is_refused(monkeypatch, capsys):
         go('a', *args)
 
 
-def test_a_run_goes_on_without_the_one_it_began_with(capsys):
+def test_a_run_continues_without_the_one_it_began_with(capsys):
     go('other', '--max_iters=1')
     args = [f'--init_from={os.getcwd()}/other']
     go('a', *args, '--max_iters=1')
@@ -318,13 +306,19 @@ def test_spoilt_checkpoint_and_blocked_folder():
         go('file/a')
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # many processes
 
-SCRIPT = f'import sys, torch; torch.set_num_threads(1); sys.path[:0] = {[os.path.dirname(train.__file__), os.path.dirname(__file__)]!r}\n' \
-         'import test_train, train, configurator\n' \
-         'train.open_data = test_train.open_toy\n' \
-         'configurator.run(train.main)\n'
+FOLDERS = [os.path.dirname(train.__file__), os.path.dirname(__file__)]
+PREPARE = f"""
+import os, sys, torch
+torch.set_num_threads(1)
+sys.path[:0] = {FOLDERS!r}
+import helpers, train
+from lib.configurator import run
+train.open_data = helpers.open_toy
+"""
+RUN = 'run(train.main)\n'
 
 
 def test_accumulation_equals_one_batch():
@@ -334,14 +328,15 @@ def test_accumulation_equals_one_batch():
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Six steps on two processes that accumulate over two micro-batches, one of which is killed on the way and started again; then one process goes on.
+    """Six steps on two processes that accumulate over two micro-batches; one of them is killed on the way
+    and started again; then one process continues.
 
-    The start again has the same arguments, scratch among them, and goes on all the same.
+    The restart has the same arguments, scratch among them, and continues all the same.
     """
     args = ['--eval_interval=2', '--ema=0.9']
     one = go('one', '--max_iters=10', *args)
-    (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run', """
-import os, mdlm
+    (tmp_path / 'script.py').write_text(PREPARE + """
+import mdlm
 forward = mdlm.MDLM.forward
 def wrapped(self, x, noise):
     if noise.step == 3 and os.environ['RANK'] == '1' and not os.path.exists('killed'):
@@ -349,9 +344,11 @@ def wrapped(self, x, noise):
         os.kill(os.getpid(), 9)
     return forward(self, x, noise)
 mdlm.MDLM.forward = wrapped
-configurator.run"""))
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1', '--monitor-interval=0.1', 'script.py']
-    r = subprocess.run([*torchrun, *TINY, *args, '--out_dir=two', '--max_iters=6', '--micro_batch=2', '--init_from=scratch'], capture_output=True, text=True)
+""" + RUN)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                '--max-restarts=1', '--monitor-interval=0.1', 'script.py']
+    r = subprocess.run([*torchrun, *TINY_RUN, *args, '--out_dir=two', '--max_iters=6', '--micro_batch=2',
+                        '--init_from=scratch'], capture_output=True, text=True)
     assert r.returncode == 0 and 'two is at step 2 of 6' in r.stdout, r.stderr
     two = go('two', '--max_iters=10', *args)
     assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-3)
@@ -361,21 +358,13 @@ configurator.run"""))
     assert val[0] == pytest.approx(val[1], rel=1e-4)
 
 
-ONE_AND_TWO = {  # every part of the state that is more than weights has its turn: k-means, the moving codebook, both stages, new times
-    'mdlm': [],
-    'co_ladd': ['--method=ladd', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1', '--times=independent', '--stage1_iters=3'],
-    'di_ladd': [*TWO_STAGES, '--vq_start=2', '--stage1_iters=6'],
-    'ldlm': ['--method=ldlm', '--token_encoder=scratch', '--reconstruction=ce', '--latent_dim=16', '--latent_layers=1', '--decoder_layers=1',
-             '--adaptive_bins=4', '--adaptive_every=3', '--encoder_warmup=6'],
-}
-
-
-FORK = SCRIPT.replace('configurator.run(train.main)', f"""
-import os, socket
-train.main({TINY + ['--out_dir=warm', '--max_iters=1']!r})  # what torch imports at its first step, the children need not
+FORK = PREPARE + f"""
+import socket
+# what torch imports at its first step, the children need not
+train.main({TINY_RUN + ['--out_dir=warm', '--max_iters=1']!r})
 
 def processes(world, args, prepare):
-    # one run without torchrun, whose start takes longer than what is to be seen; -> exit codes
+    # one run without torchrun, which takes longer to start than the run itself; -> exit codes
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
@@ -389,26 +378,29 @@ def processes(world, args, prepare):
             sys.argv[1:] = args
             code = 0
             try:
-                configurator.run(train.main)
+                run(train.main)
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else print(e.code, file=sys.stderr) or 1
             sys.stdout.flush()
-            os._exit(code)  # to leave in the usual way takes Python a second
+            os._exit(code)  # the usual way out takes Python a second
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-""")
+"""
 
 
 def run_script(text):
     with open('script.py', 'w') as f:
         f.write(text)
-    return subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+    return subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
 
 
 def test_gradients_of_two_processes_are_those_of_one():
-    """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not of the steps before."""
+    """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not
+    of earlier steps."""
     r = run_script(FORK + f"""
 from ldlm import AdaptiveTimes
-build, average_gradients, refresh, steps, where = train.build, train.average_gradients, AdaptiveTimes.refresh, [], []
+build, average_gradients, refresh = train.build, train.average_gradients, AdaptiveTimes.refresh
+steps, where = [], []
 
 def build_random(config):  # heads begin at zero, and would let no gradient pass
     method = build(config)
@@ -416,26 +408,30 @@ def build_random(config):  # heads begin at zero, and would let no gradient pass
         torch.nn.init.normal_(p, std=0.2)
     return method
 
-def refresh_rounded(self):  # time embeddings multiply t by 1000: the last bits of the losses would be seen in it
+def refresh_rounded(self):  # time embeddings multiply t by 1000 and would show the last bits of the losses
     refresh(self)
     self.p.copy_((self.p * 2**12).round() / 2**12)
 
-def recording(params, loss, world):
-    loss = average_gradients(params, loss, world)
+def recording(params, loss):
+    loss = average_gradients(params, loss)
     steps.append([loss.detach(), *(p.grad.clone() for p in params if p.grad is not None)])
     torch.save(steps, where[0])
     return loss
 
 train.build, train.average_gradients, AdaptiveTimes.refresh = build_random, recording, refresh_rounded
-for name, args in {ONE_AND_TWO!r}.items():
-    for world, micro in ((1, 0), (2, 2)):  # two processes that accumulate over two micro-batches each, and one that does not
-        args = [*{TINY!r}, *args, '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}', f'--micro_batch={{micro}}']
-        assert set(processes(world, args, lambda rank: where.append(f'{{name}}{{world}}.{{rank}}.pt'))) == {{0}}
+for name, args in {TOY_METHODS!r}.items():
+    # one process, and two processes that accumulate over two micro-batches each
+    for world, micro in ((1, 0), (2, 2)):
+        args = [*{TINY_RUN!r}, *args, '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}',
+                f'--micro_batch={{micro}}']
+        codes = processes(world, args, lambda rank: where.append(f'{{name}}{{world}}.{{rank}}.pt'))
+        assert set(codes) == {{0}}
 """)
     assert r.returncode == 0, r.stderr
-    for name in ONE_AND_TWO:
+    for name in TOY_METHODS:
         one, two, also = (torch.load(f'{name}{run}.pt') for run in ('1.0', '2.0', '2.1'))
-        assert len(one) == 8 and all(torch.equal(p, q) for a, b in zip(two, also) for p, q in zip(a, b))
+        assert len(one) == len(two) == len(also) == 8
+        assert all(torch.equal(p, q) for a, b in zip(two, also) for p, q in zip(a, b, strict=True))
         for step, (a, b) in enumerate(zip(one, two)):
             assert len(a) == len(b) > 10
             scale = max(p.norm() for p in a[1:])
@@ -443,29 +439,35 @@ for name, args in {ONE_AND_TWO!r}.items():
             off = [i for i, (p, q) in enumerate(zip(a, b)) if (p - q).norm() > 1e-5 * p.norm() + 1e-6 * scale]
             assert not off, (name, step, off)
         a, b = weights(name + '1'), weights(name + '2')
-        assert a.keys() == b.keys() and not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
-        assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
+        assert a.keys() == b.keys()
+        assert not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
+        assert name != 'di_ladd' or (a['channel.quantizer.counts'] != 2).any()  # 2: what they begin with
 
 
 def test_one_graph_holds_what_processes_tell_each_other():
-    """What a GPU compiles, forward pass with codebook and adaptive times, is one graph on two processes, too; and the numbers are the same."""
+    """What a GPU compiles, a forward pass with codebook and adaptive times, is one graph on two processes,
+    too; and the numbers are the same."""
     r = run_script(FORK + f"""
-train.backbones = lambda method: [method]
+import ladd, ldlm
+ladd.LADD.backbones = ldlm.LDLM.backbones = lambda self: [self]  # compile all of it, as on a GPU
 train.compile_in_place = lambda modules, device: modules[0].compile(fullgraph=True, backend='eager')
 for name in ('di_ladd', 'ldlm'):
     for compiled in (False, True):
-        args = [*{TINY!r}, *{ONE_AND_TWO!r}[name], '--max_iters=8', f'--out_dir={{name}}{{compiled}}', '--micro_batch=2', f'--compile={{compiled}}']
+        args = [*{TINY_RUN!r}, *{TOY_METHODS!r}[name], '--max_iters=8', f'--out_dir={{name}}{{compiled}}',
+                '--micro_batch=2', f'--compile={{compiled}}']
         assert set(processes(2, args, lambda rank: None)) == {{0}}
 """)
     assert r.returncode == 0, r.stderr
     for name in ('di_ladd', 'ldlm'):
-        assert torch.allclose(torch.tensor(losses(name + 'False')), torch.tensor(losses(name + 'True')), rtol=1e-4), name
+        eager, compiled = (torch.tensor(losses(f'{name}{compiled}')) for compiled in (False, True))
+        assert torch.allclose(eager, compiled, rtol=1e-4), name
         a, b = weights(name + 'False'), weights(name + 'True')
         assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
 
 
 def test_bad_days_of_two_processes():
-    """A signal to one of them stops both after the same step; so does a loss that is not finite on one; a full disk of rank 0 leaves nobody waiting."""
+    """A signal to one of them stops both after the same step; so does a loss that is not finite on one; a
+    full disk of rank 0 leaves nobody waiting."""
     r = run_script(FORK + f"""
 import mdlm, resource, signal
 forward = mdlm.MDLM.forward
@@ -482,7 +484,7 @@ def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 
 once = [lambda: os.kill(os.getpid(), signal.SIGTERM)]
-args = [*{TINY!r}, '--max_iters=20', '--eval_interval=4']
+args = [*{TINY_RUN!r}, '--max_iters=20', '--eval_interval=4']
 print(processes(2, [*args, '--out_dir=signal'], at(5, 1, lambda: once and once.pop()())))
 print(processes(2, [*args, '--out_dir=nan'], at(5, 1, lambda: float('nan'))))
 print(processes(2, [*args, '--out_dir=full'], at(5, 0, limit)))
@@ -490,16 +492,18 @@ print(processes(2, [*args, '--out_dir=full'], at(5, 0, limit)))
     assert r.returncode == 0, r.stderr
     codes = [line for line in r.stdout.split('\n') if line.startswith('[')]
     assert codes[:2] == ['[143, 143]', '[1, 1]'] and codes[2].startswith('[2, '), codes
-    assert [checkpoint.load(f'{name}/ckpt.pt')['step'] for name in ('signal', 'nan', 'full')] == [6, 4, 4]
-    assert r.stderr.count('not finite in 3 steps in a row, up to step 8') == 1 and r.stderr.count('cannot write full/ckpt.pt') == 1
+    steps = [checkpoint.load(f'{name}/ckpt.pt')['step'] for name in ('signal', 'nan', 'full')]
+    assert steps == [6, 4, 4]
+    assert r.stderr.count('not finite in 3 steps in a row, up to step 8') == 1
+    assert r.stderr.count('cannot write full/ckpt.pt') == 1
 
 
 def test_kill_at_any_moment(tmp_path):
-    """kill -9 at 50 random moments, half of them inside the checkpoint write if they can be; the same command after each:
-    always a checkpoint that loads, whole log lines, no step missing or twice."""
-    args = [*TINY, '--out_dir=a', '--max_iters=100000', '--checkpoint_interval=1', '--eval_interval=7']
-    (tmp_path / 'script.py').write_text(SCRIPT.replace('configurator.run(train.main)', f"""
-import os, random, signal, time
+    """kill -9 at 50 random moments, half of them within the checkpoint write if that can be arranged; the
+    same command after each: always a checkpoint that loads, whole log lines, no step missing or twice."""
+    args = [*TINY_RUN, '--out_dir=a', '--max_iters=100000', '--checkpoint_interval=1', '--eval_interval=7']
+    (tmp_path / 'script.py').write_text(PREPARE + f"""
+import random, signal, time
 random.seed(0)
 inside = 0
 
@@ -509,7 +513,8 @@ def half_written():  # when it was last written to, or None
     except FileNotFoundError:
         return None
 
-train.main({TINY + ['--out_dir=warm', '--max_iters=1']!r})  # what torch imports at its first step, the children need not
+# what torch imports at its first step, the children need not
+train.main({TINY_RUN + ['--out_dir=warm', '--max_iters=1']!r})
 for i in range(50):
     left = half_written()  # by an earlier kill
     child = os.fork()
@@ -527,8 +532,8 @@ for i in range(50):
         train.load('a/ckpt.pt')
     if os.path.exists('a/log.jsonl'):
         assert open('a/log.jsonl', 'rb').read()[-1:] in (b'', b'\\n')
-assert inside >= 5  # so many of the kills met a checkpoint half written
-"""))
+assert inside >= 5  # so many of the kills came while a checkpoint was half written
+""")
     r = subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     go('a', f'--max_iters={checkpoint.load("a/ckpt.pt")["step"] + 1}')
@@ -538,7 +543,8 @@ assert inside >= 5  # so many of the kills met a checkpoint half written
 
 def test_the_command_itself(tmp_path):
     """Exit code and standard error as a person sees them."""
-    (tmp_path / 'script.py').write_text(SCRIPT)
+    (tmp_path / 'script.py').write_text(PREPARE + RUN)
     r = subprocess.run([sys.executable, 'script.py', '--hiden=8'], capture_output=True, text=True)
-    assert r.returncode == 2 and r.stdout == '' and r.stderr == 'error: unknown key hiden: did you mean hidden?\n'
+    assert r.returncode == 2 and r.stdout == ''
+    assert r.stderr == 'error: unknown key hiden: did you mean hidden?\n'
     assert os.listdir(tmp_path) == ['script.py']

@@ -1,0 +1,72 @@
+"""
+Gen PPL: how likely a causal language model, the teacher, finds samples.
+"""
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from lib.checkpoint import fingerprint
+from lib.encoders import hub_model
+from lib.tokens import load_tokenizer
+
+
+class Teacher:
+    """Scores ids that `translate` makes the teacher's own, in windows of its context.
+
+    nll: ids (b, l <= window) -> nats (b,), those of the first `unscored` tokens left out
+    translate: ids of one sample (L,) -> the teacher's ids
+    """
+
+    def __init__(self, name, model, nll, translate, window, unscored):
+        self.nll, self.translate, self.window, self.unscored = nll, translate, window, unscored
+        self.device = next(model.parameters()).device
+        scored = 'first token of each not scored' if unscored else 'all tokens scored'
+        self.record = {'teacher': name, 'teacher_weights': fingerprint(model), 'teacher_dtype': 'float32',
+                       'gen_ppl_rule': f'whole samples, in windows of {window} tokens of the teacher, {scored}'}
+
+    @torch.no_grad()
+    def score(self, x):
+        """Ids x (N, L) -> (nats, how many tokens of the teacher were scored)."""
+        windows = [w for ids in map(self.translate, x) for w in ids.split(self.window) if len(w) > self.unscored]
+        nats, tokens = 0.0, 0
+        for length, group in itertools.groupby(sorted(windows, key=len), key=len):  # one length: no padding
+            for batch in torch.stack(list(group)).split(4):
+                with torch.autocast(self.device.type, enabled=False):
+                    nats += self.nll(batch.to(self.device)).double().sum().item()
+                tokens += len(batch) * (length - self.unscored)
+        return nats, tokens
+
+    def gen_ppl(self, x):
+        """-> Gen PPL of ids x (N, L), and how many tokens of the teacher were scored."""
+        nats, tokens = self.score(x)
+        return math.exp(nats / tokens) if tokens else math.nan, tokens
+
+
+def hub_teacher(name, tok, device):
+    """A causal model of the Hugging Face hub or its folder, for ids of the tokenizer tok.
+
+    It has nothing to predict a window's first token from.
+    """
+    model = hub_model('AutoModelForCausalLM', name, device, 'teacher')
+    window = min(1024, getattr(model.config, 'max_position_embeddings', 1024))  # BLOOM's context has no limit
+
+    def nll(ids):
+        logits = model(ids).logits[:, :-1].float()
+        return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none').sum(dim=1)
+    translate = translation(tok, load_tokenizer({'kind': 'huggingface', 'name': name}))
+    return Teacher(name, model, nll, translate, window, unscored=1)
+
+
+def translation(ours, theirs):
+    """Ids (L,) of one tokenizer -> another's, by way of the text; EOS and BOS become its EOS, if it has one."""
+    boundaries, eos = (ours.eos_id, ours.bos_id), [theirs.eos_id] * (theirs.eos_id is not None)
+
+    def translate(ids):
+        found = []
+        for is_boundary, run_of in itertools.groupby(ids.tolist(), key=lambda i: i in boundaries):
+            run_of = list(run_of)
+            found += eos * len(run_of) if is_boundary else theirs.encode(ours.decode(run_of))
+        return torch.tensor(found, dtype=torch.int64)
+    return translate
