@@ -182,7 +182,7 @@ def measure(c, config, device):
 
 
 def in_its_own_process(argv, variant):
-    """measure() where nothing has been allocated before -> its dict; {} if it fails, e.g. for lack of memory."""
+    """measure() where nothing has been allocated before -> its dict; {} if it ran out of memory, say."""
     command = [sys.executable, __file__, *argv, f'--variant={variant}']
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return {} if done.returncode else json.loads(done.stdout)

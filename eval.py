@@ -1,50 +1,50 @@
 """
 Every number of the papers' tables, from a checkpoint of any method.
 
-    python eval.py --out_dir=out/NAME --metrics=val_ppl                  on the validation texts
-    python eval.py --out_dir=out/NAME --data=zeroshot/ptb                on any prepared set, or a text file
+    python eval.py --out_dir=out/NAME --metrics=val_ppl               on the validation texts
+    python eval.py --out_dir=out/NAME --data=zeroshot/ptb             on any prepared set, or a text file
     python eval.py --out_dir=out/NAME --metrics=gen_ppl,diversity --steps=1,2,4,8,16,32       on samples
-    python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent_steps=2,8,32  LADD's, too
-    python eval.py --out_dir=out/NAME --metrics=reconstruction,smoothness --teacher=out/AR    LDLM's space
-    python eval.py out/A out/B --steps=1,2,4,8,16,32,64 --teacher=out/AR  the frontier: quality against cost
+    python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent_steps=2,8,32  of LADD
+    python eval.py --out_dir=out/NAME --metrics=reconstruction,smoothness --teacher=out/AR    of LDLM
+    python eval.py out/A out/B --steps=1,2,4,8,16,32,64 --teacher=out/AR     quality against cost: a frontier
 
 Each result is one JSON object, on standard output and at the end of out/NAME/eval.jsonl, with all that is
 needed to repeat it. What the numbers are:
 
 val_ppl      exp(nats per token), over all tokens of a chunk, EOS included. Exact for AR, otherwise an upper
-             bound: the ELBO, at times stratified over all texts and drawn anew in each of --nll_draws rounds,
-             so it does not depend on the batch size. LADD: token_ppl is the token channel alone, as in the
-             papers ("data Val PPL"). It bounds nothing, because the latent that it is given was read off the
-             text. Codes (Di-LADD) have a likelihood, too (latent_nll); val_ppl is then the bound of both
-             channels. _se: the standard error over fresh texts and fresh noise; of the noise alone it is less.
-gen_ppl      exp(nats per token) of samples under a causal language model, the teacher. Samples are whole:
-             nothing is cut at EOS. A teacher with another tokenizer reads the text, its own EOS in place of
-             our EOS and BOS, in windows of its context. A Hugging Face teacher has nothing to predict a
-             window's first token from, so that is not scored; our AR scores it.
-entropy      in nats, of our ids. _position: of the tokens that samples have at one position, averaged over
-             positions (LADD's definition; at most log of the number of samples). _sample: of the tokens in
-             one sample, averaged over samples (MDLM's and LDLM's definition). LADD's published values, 4.4 at
-             L = 128 and 5.3 at L = 512, look like _sample, whatever its text says: compare them with that.
-diversity    product over n = 2, 3, 4 of distinct n-grams / n-grams, pooled over all samples, so it falls with
-             their number
+             bound: the ELBO, at times stratified over all texts and drawn anew in each of --nll_draws
+             rounds, so the batch size does not matter. LADD: token_ppl is the token channel alone, as in
+             the papers ("data Val PPL"). It bounds nothing, because the latent it is given was read off the
+             text. Codes (Di-LADD) have a likelihood, too (latent_nll), and val_ppl is then the bound of both
+             channels. _se is the standard error over fresh texts and fresh noise.
+gen_ppl      exp(nats per token) of the samples under a causal language model, the teacher. Samples are whole:
+             nothing is cut at EOS. A teacher with another tokenizer reads the text, with its own EOS for our
+             EOS and BOS, in windows of its context. A Hugging Face teacher has nothing to predict a window's
+             first token from, so that token is not scored; our AR scores it.
+entropy      in nats, of our ids. _position: of the tokens that the samples have at one position, averaged
+             over positions (LADD's definition; at most log of the number of samples). _sample: of the tokens
+             within one sample, averaged over samples (MDLM, LDLM). LADD's published values, 4.4 at L = 128
+             and 5.3 at L = 512, look like _sample, whatever its text says: compare them with that.
+diversity    product over n = 2, 3, 4 of distinct n-grams / n-grams, pooled over all samples; it falls with
+             the number of samples
 mauve        against as many validation texts (package mauve-text, GPT-2 Large features)
 swd          of sawtooth samples to fresh data, see sawtooth.py
-throughput   samples per second after a warm-up, at --batch_size, and divided by gen_ppl. On a machine that
-             has other work, too, cpu_seconds_per_sample (all threads of this process) is the fair measure.
+throughput   samples per second after a warm-up, at --batch_size, and divided by gen_ppl. On a machine with
+             other work, compare cpu_seconds_per_sample, which counts all threads of this process.
 reconstruction  LDLM: share of the validation texts' tokens that survive encoding and decoding
 smoothness   LDLM figure 3: Gen PPL along the straight line between the latents of two random texts, pooled
-             over --num_samples pairs at each of 11 points (gen_ppl_path). Ours: the numbers of pairs and of
-             points, and `smoothness` itself, the worst Gen PPL on the way over the mean of the two ends.
+             over --num_samples pairs at each of 11 points (gen_ppl_path). Ours: the numbers of pairs and
+             points, and `smoothness`, the worst Gen PPL on the way over the mean of the two ends.
 
-Every result on samples has entropies, time and GFLOPs, because Gen PPL says little without them: a model that
+Every result on samples has entropies, time and GFLOPs, because Gen PPL alone says little: a model that
 repeats one sentence has the best Gen PPL of all.
 
-The frontier: every run is sampled with all its strategies at every number of steps, and one teacher scores
-them. lib/plot.py explains tables and figure. What eval.jsonl holds already, of the same weights, teacher,
-options and device (seconds are compared), is not measured again: an interrupted sweep continues where it
-stopped, and a seed that is added later, out/A_seed1, costs only itself. FILE.jsonl among the folders stands
-for runs that are gone; --results=FILE.jsonl writes such a file. For other samplers and temperatures measure
-with --out_dir, and draw with `python -m lib.plot frontier`.
+A frontier samples every run with all its strategies at every number of steps, scores all of them with one
+teacher, and prints and draws what lib/plot.py explains. What eval.jsonl already holds, of the same weights,
+teacher, options and device, is not measured again: an interrupted sweep continues where it stopped, and a
+seed that is added later, out/A_seed1, costs only itself. FILE.jsonl in place of a folder stands for runs that
+are gone; --results=FILE.jsonl writes such a file. Other samplers and temperatures: measure them with
+--out_dir, and draw with `python -m lib.plot frontier`.
 """
 import itertools
 import math
@@ -56,6 +56,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import plot
@@ -70,8 +71,8 @@ from sample import Machine, Shared, generate, open_model, open_tokenizer, read_a
 from sawtooth import swd
 from train import open_data
 
-TEXT_METRICS = 'val_ppl', 'reconstruction', 'smoothness'
-SAMPLE_METRICS = 'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput'
+TEXT_METRICS = {'val_ppl', 'reconstruction', 'smoothness'}
+SAMPLE_METRICS = {'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput'}
 COLUMNS = ('data', 'strategy', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction',
            'smoothness', 'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'mauve', 'swd',
            'samples_per_s', 'gflops')  # of the printed table
@@ -94,10 +95,10 @@ class Config(Shared):
 class Sweep(plot.FrontierConfig, Machine):
     steps: str = '1,2,4,8,16,32,64'
     strategies: str = 'joint,seq'  # of these, those that a method has
-    latent_steps: str = '8'        # several make several curves
+    latent_steps: str = '8'        # each number makes a curve
     num_samples: int = key(64, at_least=1)
     teacher: str = 'gpt2-large'
-    results: str = ''              # FILE.jsonl
+    results: str = ''              # FILE.jsonl: keep there what is drawn
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -129,16 +130,16 @@ def read_texts(path, tok, L):
         raise UserError(f'{path} has {len(ids):,} tokens, and one text of this model is {body:,}')
     x = ids[:len(ids) // body * body].view(-1, body)
     if tok.wrap:
-        bos, eos = (torch.full_like(x[:, :1], i) for i in (tok.bos_id, tok.eos_id))
-        x = torch.cat((bos, x, eos), dim=1)
+        x = F.pad(x, (1, 1))
+        x[:, 0], x[:, -1] = tok.bos_id, tok.eos_id
     return x
 
 
 @torch.no_grad()
 def likelihood(method, rows, n, batch_size, seed=0, draws=1, strategy='joint'):
-    """Of the first n texts, nats per token: 'val_nll', its standard error 'val_nll_se', and 'val_ppl'.
+    """Nats per token of the first n texts -> val_nll, the mean, val_nll_se, its standard error, and val_ppl.
 
-    What nll_parts splits (LADD) has 'token_nll' and 'latent_nll', ...; 'val' only if it is a bound.
+    A method with two channels has token_nll, ... and latent_nll, ...; val_nll, ... if their sum is a bound.
     """
     nats = {}
     for draw in range(draws):
@@ -161,7 +162,7 @@ def likelihood(method, rows, n, batch_size, seed=0, draws=1, strategy='joint'):
 
 
 def smoothness(method, rows, n, pairs, batch_size, seed, teacher):
-    """Between the latents of random pairs of the first n texts, no text in two of them."""
+    """Gen PPL between the latents of random pairs of the first n texts; no text is in two pairs."""
     ends = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2 * pairs].view(2, pairs)
     weights, parts = torch.linspace(0, 1, 11), []
     for a, b in ends.split(batch_size, dim=1):
@@ -175,7 +176,7 @@ def smoothness(method, rows, n, pairs, batch_size, seed, teacher):
 
 
 def text_results(c, o):
-    """A result for each metric of texts.  c: the keys;  o: what `prepare` has opened."""
+    """A result for each metric of texts.  c, o: see prepare."""
     about = {'data': c.data or o.config['dataset'], 'num_texts': o.n}
     if 'val_ppl' in o.metrics:
         strategy = c.strategy or next(iter(o.method.strategies))
@@ -183,8 +184,8 @@ def text_results(c, o):
         if 'val_ppl' in values:
             values['val_ppl_is'] = 'exact' if o.method.likelihood == 'exact' else 'an upper bound'
         if 'token_ppl' in values:
-            values['token_ppl_is'] = 'the token channel, given the latent of the text itself: no bound'
-            values['strategy'] = strategy
+            values |= {'token_ppl_is': 'the token channel, given the latent of the text itself: no bound',
+                       'strategy': strategy}
         yield {'metric': 'likelihood', **about, **values, 'nll_draws': c.nll_draws}
     if 'reconstruction' in o.metrics:
         texts = map(o.rows, torch.arange(o.n).split(c.batch_size))
@@ -244,8 +245,8 @@ def scores(x, c, o):
     return result
 
 
-def distinct(method, steps, options):
-    """{calls of the denoiser: the steps that make as many}: {None: steps} where steps has no say."""
+def steps_by_calls(method, steps, options):
+    """{calls of the denoiser: steps}, so that no calls are made twice; {None: steps} if steps has no say."""
     return {method.denoiser_calls(n, **options): n for n in steps}
 
 
@@ -254,12 +255,12 @@ def sample_results(c, o):
     def draw(n, steps, options):
         try:
             return generate(o.method, n, steps, c.batch_size, c.seed, **options)
-        except ValueError as e:  # of a method that cannot take so many steps, say
+        except ValueError as e:  # of a method that does not take so many steps, say
             raise UserError(e) from e
 
     for options in o.choices:
         draw(min(c.num_samples, c.batch_size), min(o.steps[0], 2), options)  # warm-up
-        for calls, steps in distinct(o.method, o.steps, options).items():
+        for calls, steps in steps_by_calls(o.method, o.steps, options).items():
             clock, cpu_clock = time.perf_counter(), time.process_time()
             x = draw(c.num_samples, steps, options)
             seconds = (time.perf_counter() - clock) / c.num_samples
@@ -277,7 +278,7 @@ def sample_results(c, o):
 # one run
 
 def open_teacher(name, tok, device):
-    """A Teacher for ids of the tokenizer tok. UserError if it cannot read them, or has no exact likelihood."""
+    """-> a Teacher of samples in ids of tok. UserError if it cannot read them or has no exact likelihood."""
     if not is_run(name):
         if tok.spec is None:
             raise UserError('sawtooth has no text: its teacher is a sawtooth AR, --teacher=out/NAME')
@@ -301,9 +302,9 @@ def check_metrics(metrics, method, tok):
                'reconstruction': no_space, 'smoothness': no_space,
                'swd': tok.spec and 'swd is a metric of sawtooth',
                'mauve': not tok.spec and 'mauve is a metric of text, which sawtooth is not'}
-    for metric in metrics:
-        if metric not in TEXT_METRICS + SAMPLE_METRICS:
-            raise UserError(f'no metric {metric!r}: {nearest(metric, TEXT_METRICS + SAMPLE_METRICS)}')
+    for metric in sorted(metrics):
+        if metric not in TEXT_METRICS | SAMPLE_METRICS:
+            raise UserError(f'no metric {metric!r}: {nearest(metric, TEXT_METRICS | SAMPLE_METRICS)}')
         if reasons.get(metric):
             raise UserError(f'{reasons[metric]}: leave {metric} out')
     if 'mauve' in metrics:
@@ -314,9 +315,9 @@ def check_metrics(metrics, method, tok):
 
 
 def attach(method, config, tok, device):
-    """Hands in the frozen encoder that a method reads texts with. UserError if it is not as in training."""
-    data = SimpleNamespace(**{**config, 'tokenizer': tok.spec})
-    if config.get('encoder_weights') not in (None, attach_encoder(method, data, device)):
+    """Hands a method the frozen encoder that it reads texts with. UserError unless it is that of training."""
+    weights = attach_encoder(method, SimpleNamespace(**{**config, 'tokenizer': tok.spec}), device)
+    if config.get('encoder_weights') not in (None, weights):
         raise UserError(f'{method.encoder_name} has other weights than the encoder that this model was '
                         'trained with; put those back, or train it anew')
 
@@ -328,27 +329,26 @@ def choices(c, method):
 
 
 def prepare(argv):
-    """-> the keys, and what they open. All that can be wrong, before anything is computed or written."""
+    """-> the keys c, and o, what they open: all that can be wrong, before anything is computed or written."""
     c = read_arguments(Config, argv)
-    metrics, steps, device = c.metrics.split(','), numbers('steps', c.steps), pick_device(c.device)
-    method, config = open_model(c, device)
-    tok, wanted = open_tokenizer(config), set(metrics)
-    check_metrics(metrics, method, tok)
+    o = SimpleNamespace(metrics=set(c.metrics.split(',')), steps=numbers('steps', c.steps))
+    o.device = pick_device(c.device)
+    o.method, o.config = open_model(c, o.device)
+    o.tok = open_tokenizer(o.config)
+    check_metrics(o.metrics, o.method, o.tok)
     if c.plot and not c.out_dir:
         raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
-    o = SimpleNamespace(metrics=metrics, steps=steps, device=device, method=method, config=config, tok=tok,
-                        n=0)
-    if wanted & {'val_ppl', *SAMPLE_METRICS}:  # an autoencoder alone has no sampler
-        o.choices = choices(c, method)
-    if wanted & {*TEXT_METRICS, 'mauve'}:
-        o.rows, n = open_texts(c.data, config, tok, device)
+    if o.metrics & {'val_ppl', *SAMPLE_METRICS}:  # the others do without a sampler, which may be untrained
+        o.choices = choices(c, o.method)
+    if o.metrics & {*TEXT_METRICS, 'mauve'}:
+        o.rows, n = open_texts(c.data, o.config, o.tok, o.device)
         o.n = min(n, c.val_seqs or n)
-    if 'smoothness' in metrics and o.n < 2:
-        raise UserError('smoothness wants two texts at least, and there is one')
-    if wanted & set(TEXT_METRICS) and method.encoder_name:
-        attach(method, config, tok, device)
-    if wanted & {'gen_ppl', 'smoothness'}:
-        o.teacher = open_teacher(c.teacher, tok, device)
+        if 'smoothness' in o.metrics and o.n < 2:
+            raise UserError('smoothness wants two texts at least, and there is one')
+    if o.metrics & TEXT_METRICS and o.method.encoder_name:
+        attach(o.method, o.config, o.tok, o.device)
+    if o.metrics & {'gen_ppl', 'smoothness'}:
+        o.teacher = open_teacher(c.teacher, o.tok, o.device)
     return c, o
 
 
@@ -363,13 +363,14 @@ def evaluate(argv):
     c, o = prepare(argv)
     path = os.path.join(c.out_dir, 'eval.jsonl') if c.out_dir else os.devnull
     append(path)  # fails now if it cannot be written
-    common = {'model': c.out_dir or c.init_from, 'method': o.config['method'],
-              'dataset': o.config['dataset'], 'L': o.config['block_size'], **provenance(c, o.method, o.config, o.device),
+    common = {'model': c.out_dir or c.init_from, **{k: o.config[k] for k in ('method', 'dataset')},
+              'L': o.config['block_size'], **provenance(c, o.method, o.config, o.device),
               'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
     results = []
     with torch.no_grad(), torch.autocast(o.device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
-        samples = sample_results(c, o) if set(SAMPLE_METRICS) & set(o.metrics) else ()
-        for result in itertools.chain(text_results(c, o), samples):
+        of_texts = text_results(c, o) if o.metrics & TEXT_METRICS else ()
+        of_samples = sample_results(c, o) if o.metrics & SAMPLE_METRICS else ()
+        for result in itertools.chain(of_texts, of_samples):
             results.append({**result, **common})
             print(json_line(results[-1]), end='', flush=True)
             append(path, results[-1])
@@ -384,13 +385,13 @@ def evaluate(argv):
 # ------------------------------------------------------------------------------------------------------------
 # the frontier of several runs
 
-MEASURING = 'num_samples', 'teacher', 'seed', 'batch_size', 'device', 'dtype', 'compile'  # keys of both forms
+PASSED_ON = 'num_samples', 'teacher', 'seed', 'batch_size', 'device', 'dtype', 'compile'
 
 
 def planned(folder, method, config, c, device):
-    """-> [(arguments without --steps, settings of the results, {calls: steps})], one for each curve of a run.
+    """For each curve of a run: (arguments without --steps, settings of its results, {calls: steps}).
 
-    UserError if it has none of the strategies.
+    UserError if the run has none of the strategies.
     """
     found = []
     for strategy in [s for s in method.strategies if s in c.strategies.split(',')]:
@@ -398,10 +399,10 @@ def planned(folder, method, config, c, device):
         for n in numbers('latent_steps', c.latent_steps) if takes_latent_steps else ['']:
             argv = [f'--out_dir={folder}', '--metrics=gen_ppl,diversity', f'--strategy={strategy}',
                     *[f'--latent_steps={n}'] * takes_latent_steps,
-                    *(f'--{k}={getattr(c, k)}' for k in MEASURING)]
+                    *(f'--{k}={getattr(c, k)}' for k in PASSED_ON)]
             options, = choices(read_arguments(Config, argv), method)
             settings = {**provenance(c, method, config, device), 'num_samples': c.num_samples, **options}
-            found.append((argv, settings, distinct(method, numbers('steps', c.steps), options)))
+            found.append((argv, settings, steps_by_calls(method, numbers('steps', c.steps), options)))
     if not found:
         raise UserError(f'{folder} has none of the strategies {c.strategies}; '
                         f'it has: {", ".join(method.strategies)}')
@@ -438,14 +439,14 @@ def sweep(argv):
 
     if c.results:
         with whole(c.results) as temp, open(temp, 'w') as f:
-            f.writelines(dict.fromkeys(map(json_line, results)))  # once, if both a file and its run were named
+            f.writelines(dict.fromkeys(map(json_line, results)))  # once, if a run and its file are named
     path = c.save or plot.beside((folders or names)[0], 'frontier')
     plot.frontier(results, path, sys.stdout, **drawing)
     print(path)
 
 
 def is_sweep(argv):
-    """Whether runs are named without a key; a config file or a checkpoint is for read_arguments to refuse."""
+    """Whether runs are named without a key. (A config file or checkpoint: read_arguments will refuse it.)"""
     return any(not a.startswith('-') and not a.endswith(('.py', '.pt')) for a in argv)
 
 

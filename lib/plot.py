@@ -46,7 +46,7 @@ class FrontierConfig(Config):
 # for every table and figure
 
 def written(value, deviation=np.nan):
-    """A cell of a table: a number to four digits, with its standard deviation if there is one; text; or None."""
+    """A cell of a table: a number to four digits, with its standard deviation if any; a text; or None."""
     if value is None or isinstance(value, str):
         return value or ''
     if np.isnan(value):
@@ -104,18 +104,18 @@ def beside(name, kind):
 def log(folders, path, out):
     figure, ax = plt.subplots(figsize=(6, 4))
     for i, folder in enumerate(folders):
-        records, found = read_lines(os.path.join(folder, 'log.jsonl')), {}
-        for name in ('loss', 'val_loss'):
-            found[name] = [(r['step'], r[name]) for r in records if r.get(name) is not None]
-        train, val = found.values()
+        records = read_lines(os.path.join(folder, 'log.jsonl'))
+        train, val = ([(r['step'], r[name]) for r in records if r.get(name) is not None]
+                      for name in ('loss', 'val_loss'))
         if not train + val:
             raise UserError(f'{folder} holds no log.jsonl with losses; train.py writes it')
         if train:
             ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, lw=0.7, label=f'{folder}, training objective')
         if val:
             ax.plot(*zip(*val), color=f'C{i}', marker='.', label=f'{folder}, validation')
-            (step, last), best = val[-1], min(loss for _, loss in val)
-            print(f'{folder}: validation {last:.4f} nats per token at step {step:,}, best {best:.4f}', file=out)
+            (step, loss), best = val[-1], min(loss for _, loss in val)
+            print(f'{folder}: validation {loss:.4f} nats per token at step {step:,}, best {best:.4f}',
+                  file=out)
     ax.set(xlabel='step', ylabel='loss (nats per token)')
     ax.legend()
     save(figure, path)
@@ -126,7 +126,7 @@ def log(folders, path, out):
 
 SETTINGS = ('step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples',
             'batch_size', 'dtype', 'compile', 'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
-FIRST_SAMPLERS = {'ancestral', 'euler_maruyama'}  # of methods that have several
+FIRST_SAMPLERS = {'ancestral', 'euler_maruyama'}  # a method's default goes without saying
 
 
 def gen_ppls(name):
@@ -135,7 +135,7 @@ def gen_ppls(name):
         results, model = read_lines(name), {}
     else:  # it may have been renamed since
         results, model = read_lines(os.path.join(name, 'eval.jsonl')), {'model': os.path.normpath(name)}
-    # results of old do not mention `compile`
+    # older results do not mention `compile`
     return [{'compile': False, **r, **model} for r in results if r.get('gen_ppl') is not None]
 
 
@@ -220,7 +220,7 @@ def frontier_options(c):
 def frontier(results, path, out, paper=None, costs=None, seconds='seconds_per_sample'):
     """Prints what LADD's tables print, and draws Gen PPL and entropies against GFLOPs and seconds.
 
-    Both have a row or line for each curve. costs: GFLOPs in the tables;  seconds: which ones, see SECONDS.
+    A curve is a row and a line. costs: GFLOPs in the tables;  seconds: of the figure, see SECONDS.
     """
     labelled = curves(results)
     costs_of = {label: sorted({r['gflops'] for run in runs for r in run}) for label, runs in labelled.items()}
@@ -231,8 +231,9 @@ def frontier(results, path, out, paper=None, costs=None, seconds='seconds_per_sa
                'steps': sorted({r['steps'] for r in results if r.get('steps')})}
     for axis, name in TABLES:
         rows = [[values_at(runs, axis, x, name) for x in columns[axis]] for runs in labelled.values()]
-        cells = [[f'[{i + 1}]', *(written(*mean_and_deviation(v)) for v in row)] for i, row in enumerate(rows)]
-        if any(v for row in rows for v in row):
+        if any(values for row in rows for values in row):
+            cells = [[f'[{i + 1}]', *(written(*mean_and_deviation(values)) for values in row)]
+                     for i, row in enumerate(rows)]
             print_table(f'{name} at {axis}', map(written, columns[axis]), cells, out)
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex='col', sharey='row', height_ratios=(3, 2))
@@ -259,15 +260,17 @@ def frontier(results, path, out, paper=None, costs=None, seconds='seconds_per_sa
 
 
 def add_paper(paper, axes, out):
-    """By GFLOPs only: the paper's seconds are another machine's. Its teacher may be another than ours, too."""
+    """Against GFLOPs only: its seconds are another machine's. Its teacher may be another than ours."""
     print(f'the paper, tables {paper["tables"]}: {paper["source"]}', file=out)
-    print(paper['also'] + '\n' if paper['also'] else '', end='', file=out)
+    if paper['also']:
+        print(paper['also'], file=out)
     for ax, name in zip(axes, ('gen_ppl', 'entropy')):
-        rows = {label: [np.nan if v is None else v for v in row[name]] for label, row in paper['rows'].items()}
-        cells = [[label, *('n/a' if np.isnan(v) else f'{v:g}' for v in row)] for label, row in rows.items()]
+        cells = [[label, *('n/a' if v is None else f'{v:g}' for v in row[name])]
+                 for label, row in paper['rows'].items()]
         print_table(f'{name} at gflops, the paper', map(written, paper['gflops']), cells, out)
-        for marker, (label, row) in zip('x+1234*', rows.items()):
-            ax.plot(paper['gflops'], row, '--', marker=marker, lw=0.7, markersize=5, color='0.6',
+        for marker, (label, row) in zip('x+1234*', paper['rows'].items()):
+            y = [np.nan if v is None else v for v in row[name]]
+            ax.plot(paper['gflops'], y, '--', marker=marker, lw=0.7, markersize=5, color='0.6',
                     label=f'the paper: {label}' if name == 'gen_ppl' else '')
 
 

@@ -13,23 +13,25 @@ from lib.tokens import load_tokenizer
 
 
 class Teacher:
-    """Scores ids that `translate` makes the teacher's own, in windows of its context.
+    """Scores samples in windows of its context.
 
-    nll: ids (b, l <= window) -> nats (b,), those of the first `unscored` tokens left out
-    translate: ids of one sample (L,) -> the teacher's ids
+    nll: ids (b, l), l <= window -> nats (b,), of all tokens but the first `unscored`
+    translate: the ids of a sample (L,) -> the teacher's ids
     """
 
     def __init__(self, name, model, nll, translate, window, unscored):
         self.nll, self.translate, self.window, self.unscored = nll, translate, window, unscored
         self.device = next(model.parameters()).device
-        scored = 'first token of each not scored' if unscored else 'all tokens scored'
+        rule = (f'whole samples, in windows of {window} tokens of the teacher, '
+                + ('first token of each not scored' if unscored else 'all tokens scored'))
         self.record = {'teacher': name, 'teacher_weights': fingerprint(model), 'teacher_dtype': 'float32',
-                       'gen_ppl_rule': f'whole samples, in windows of {window} tokens of the teacher, {scored}'}
+                       'gen_ppl_rule': rule}
 
     @torch.no_grad()
     def score(self, x):
         """Ids x (N, L) -> (nats, how many tokens of the teacher were scored)."""
-        windows = [w for ids in map(self.translate, x) for w in ids.split(self.window) if len(w) > self.unscored]
+        texts = map(self.translate, x)
+        windows = [w for ids in texts for w in ids.split(self.window) if len(w) > self.unscored]
         nats, tokens = 0.0, 0
         for length, group in itertools.groupby(sorted(windows, key=len), key=len):  # one length: no padding
             for batch in torch.stack(list(group)).split(4):
@@ -45,12 +47,12 @@ class Teacher:
 
 
 def hub_teacher(name, tok, device):
-    """A causal model of the Hugging Face hub or its folder, for ids of the tokenizer tok.
+    """-> a causal model of the Hugging Face hub, or of a folder, as a Teacher of ids of the tokenizer tok.
 
     It has nothing to predict a window's first token from.
     """
     model = hub_model('AutoModelForCausalLM', name, device, 'teacher')
-    window = min(1024, getattr(model.config, 'max_position_embeddings', 1024))  # BLOOM's context has no limit
+    window = min(1024, getattr(model.config, 'max_position_embeddings', 1024))  # BLOOM has no limit
 
     def nll(ids):
         logits = model(ids).logits[:, :-1].float()
@@ -60,7 +62,10 @@ def hub_teacher(name, tok, device):
 
 
 def translation(ours, theirs):
-    """Ids (L,) of one tokenizer -> another's, by way of the text; EOS and BOS become its EOS, if it has one."""
+    """-> a function from ids (L,) of our tokenizer to theirs, by way of the text.
+
+    Both EOS and BOS become their EOS, if they have one.
+    """
     boundaries, eos = (ours.eos_id, ours.bos_id), [theirs.eos_id] * (theirs.eos_id is not None)
 
     def translate(ids):

@@ -175,7 +175,8 @@ def report(old, new):
         first = first or next((f'{part}, number {i + 1}: {text}' for i, text in enumerate(found) if text), '')
     gone = {k for r, s in zip(old['losses'], new['losses']) for k in r.keys() - s.keys()}
     note = f'  (no longer logged: {", ".join(sorted(gone))})' if gone else ''
-    return '  '.join(counts) + (f'  DIFFERENT: {first}' if first else '  same') + note, not first
+    line = '  '.join(counts).replace('  samples seq', ' seq')
+    return line + (f'  DIFFERENT: {first}' if first else '  same') + note, not first
 
 
 def record(checkout, folder, name):

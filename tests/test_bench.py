@@ -35,15 +35,16 @@ def measure(capsys, *args, variant='eager'):
 
 LDLM = ['--method=ldlm', '--token_encoder=scratch', '--reconstruction=ce', '--latent_dim=16',
         '--latent_layers=1', '--decoder_layers=1']
-DI_LADD = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--num_latents=4', '--latent_dim=4',
-           '--codebook_size=7', '--encoder=out/never_opened', '--stored_latents=True', '--stage1_iters=0']
+DI_LADD = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--num_latents=4',
+           '--latent_dim=4', '--codebook_size=7', '--encoder=out/never_opened', '--stored_latents=True',
+           '--stage1_iters=0']
 BLOCK = 12 * 16**2 + 2 * 32 * 16  # multiply-adds of a block of width 16, per token of 32
 MULTIPLY_ADDS = {
     'mdlm': (['--method=mdlm'], BLOCK + 0.5 * 16 * 100),
     'ar': (['--method=ar'], BLOCK + 16 * 100),
     'di_ladd': (DI_LADD, (12 * 36 * 16**2 + 2 * 36**2 * 16) / 32 + 0.5 * 16 * 100),
-    # denoiser, and a third of it for self-conditioning; encoder and decoder, which read keys of twice the places
-    # through two more projections; token decoder; head
+    # denoiser, and a third of it for self-conditioning; encoder and decoder, which read keys of twice the
+    # places through two more projections; token decoder; head
     'ldlm': (LDLM, BLOCK * 4 / 3 + 2 * (14 * 16**2 + 4 * 32 * 16) + (16 * 16**2 + 2 * 32 * 16) + 16 * 100)}
 
 
@@ -71,7 +72,7 @@ def test_a_variant_is_a_dict_of_numbers():
 
 
 def test_the_step_is_that_of_train(monkeypatch, capsys):
-    """It measures Trainer.step: two steps without AdamW's state and averaged weights, then one, then those timed."""
+    """Two steps without AdamW's state and averaged weights, one with them, then those that are timed."""
     steps, step = [], train.Trainer.step
 
     def recording(self, number, batch, draw_rows):
@@ -151,7 +152,7 @@ def test_mistakes():
     for args, message in [
             (['--vocab_size=100'], 'need a block_size'),
             (['--dataset=nowhere'], '--vocab_size=50257 for random tokens'),
-            (['--method=ldlm', *RANDOM, '--stage=autoencoder', '--encoder_warmup=0'], 'counted for stage=joint'),
+            (['--method=ldlm', *RANDOM, '--stage=autoencoder'], 'counted for stage=joint'),
             ([*RANDOM, '--iters=0'], 'iters must be at least 1, not 0'),
             ([*RANDOM, '--variant=fast'], 'variant is one of'),
             ([*RANDOM, '--micro_batch=3'], 'micro_batch=3 does not divide')]:

@@ -1,34 +1,38 @@
-"""Every file of config/: it parses, it builds, the paper's sizes are the paper's, and the ones for text train."""
+"""Every file of config/: it parses, it builds, the paper's sizes are the paper's, and those for text train."""
 import glob
-import json
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib import encoders
 import ladd
 import train
-from lib.checkpoint import build, load_method, save
+from helpers import log
+from lib import prepare, tokens
+from lib.checkpoint import save
 from lib.configurator import configure
-from lib import prepare as common, tokens
+from methods import METHODS, build, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'config', '*.py')))
 VOCAB = {'sawtooth': 2, 'shakespeare_char': 65, 'text': 50257, 'lm1b': 151669, 'openwebtext': 151669}
 
 
+def config_file(name):
+    return os.path.join(ROOT, 'config', name + '.py')
+
+
 def read(name, *args):
-    return configure(train.defaults, [os.path.join(ROOT, 'config', name + '.py'), *args])
+    return configure(train.Config, [config_file(name), *args], METHODS)
 
 
-def make(name, **more):
-    """A method on the meta device: shapes without memory."""
-    config = read(name)
+def on_meta(name, *args):
+    """The method of a config file on the meta device: shapes without memory."""
+    config = read(name, *args)
     config['block_size'] = config['block_size'] or 128  # sawtooth's own
     with torch.device('meta'):
-        return build({**config, 'vocab_size': VOCAB[config['dataset']], **more})
+        return build({**config, 'vocab_size': VOCAB[config['dataset']]})
 
 
 def parameters(module):
@@ -39,16 +43,16 @@ def parameters(module):
 def test_it_parses_and_builds(name):
     config = read(name)
     assert config['out_dir'] == os.path.join('out', name)
-    train.check(SimpleNamespace(**config), 1)
-    if config['dataset'] in VOCAB and config['method'] in ('mdlm', 'ladd', 'ar'):
-        assert parameters(make(name)) > 0
+    train.check_batch(SimpleNamespace(**config), 1)
+    assert parameters(on_meta(name)) > 0
 
 
 def settings_of_the_paper(c):
-    assert (c.learning_rate, c.beta1, c.beta2, c.weight_decay, c.warmup_iters, c.decay_lr) == (3e-4, 0.9, 0.999, 0.03, 2500, 'constant')
-    assert (c.grad_clip, c.dtype, c.ema, c.seed, c.dropout, c.batch_size) == (1.0, 'bfloat16', 0.9999, 42, 0.1, 512)
+    assert (c.learning_rate, c.beta1, c.beta2, c.weight_decay) == (3e-4, 0.9, 0.999, 0.03)
+    assert (c.warmup_iters, c.decay_lr, c.grad_clip, c.dtype) == (2500, 'constant', 1.0, 'bfloat16')
+    assert (c.ema, c.seed, c.dropout, c.batch_size) == (0.9999, 42, 0.1, 512)
     assert (c.block_size, c.max_iters) == ((512, 500_000) if c.dataset == 'openwebtext' else (128, 300_000))
-    assert getattr(c, 'weighting', 'constant') == 'constant'
+    assert c.method == 'ar' or c.weighting == 'constant'
 
 
 @pytest.mark.parametrize('name', ['lm1b_mdlm', 'lm1b_ar', 'owt_mdlm'])
@@ -56,35 +60,47 @@ def test_the_settings_of_the_paper(name):
     c = SimpleNamespace(**read(name))
     settings_of_the_paper(c)
     assert (c.hidden, c.num_layers, c.num_heads, c.cond_dim) == (1024, 13, 16, 256)
-    method = make(name)
-    assert round(parameters(method.dit.blocks) / 1e6) == 184 and f'{parameters(method.dit) / 1e6:.1f}' == '184.8'
+    method = on_meta(name)
+    assert round(parameters(method.dit.blocks) / 1e6) == 184
+    assert f'{parameters(method.dit) / 1e6:.1f}' == '184.8'
     assert method.embed.weight.shape == (151670, 1024) and method.head.weight.shape == (151669, 1024)
     assert f'{method.flops(c.block_size) / 1e9:.2f}' == {128: '21.37', 512: '90.73'}[c.block_size]  # LADD table 12
 
 
+LM1B_DI_128 = ['--num_latents=128', '--codebook_size=511', '--latent_dim=32']
+
+
 @pytest.mark.parametrize('name, overrides, M, D, K, gflops', [
-    ('lm1b_co_ladd', [], 32, 32, None, '14.06'), ('lm1b_co_ladd', ['--num_latents=128'], 128, 32, None, '22.95'),
-    ('lm1b_di_ladd', [], 32, 128, 2047, '14.06'), ('lm1b_di_ladd', ['--num_latents=128', '--codebook_size=511', '--latent_dim=32'], 128, 32, 511, '22.95'),
-    ('owt', [], 64, 32, None, '55.04'), ('owt', ['--num_latents=16'], 16, 32, None, '49.98'),
-    ('owt_di_ladd', [], 64, 128, 8191, '55.04'), ('owt_di_ladd', ['--num_latents=16', '--dead_below=0.5'], 16, 128, 8191, '49.98')])
+    ('lm1b_co_ladd', [], 32, 32, None, '14.06'),
+    ('lm1b_co_ladd', ['--num_latents=128'], 128, 32, None, '22.95'),
+    ('lm1b_di_ladd', [], 32, 128, 2047, '14.06'),
+    ('lm1b_di_ladd', LM1B_DI_128, 128, 32, 511, '22.95'),
+    ('owt', [], 64, 32, None, '55.04'),
+    ('owt', ['--num_latents=16'], 16, 32, None, '49.98'),
+    ('owt_di_ladd', [], 64, 128, 8191, '55.04'),
+    ('owt_di_ladd', ['--num_latents=16', '--dead_below=0.5'], 16, 128, 8191, '49.98')])
 def test_the_settings_of_the_paper_with_latents(name, overrides, M, D, K, gflops):
-    """LADD tables 10 and 12: 184M parameters, two modalities of 12 layers and width 768, a frozen encoder; overrides are those of the files' heads."""
+    """LADD tables 10 and 12: 184M parameters, two modalities of 12 layers and width 768, a frozen encoder.
+
+    The overrides are those that the files' heads name.
+    """
     c = SimpleNamespace(**read(name, *overrides))
     settings_of_the_paper(c)
-    with open(os.path.join(ROOT, 'config', name + '.py')) as f:
+    with open(config_file(name)) as f:
         doc = ' '.join(f.read().split())
     assert not overrides or ' '.join(overrides) in doc
-    assert (c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.encoder) == (768, 12, 12, 128, 'Qwen/Qwen3-Embedding-0.6B')
+    assert (c.hidden, c.num_layers, c.num_heads, c.cond_dim) == (768, 12, 12, 128)
+    assert c.encoder == 'Qwen/Qwen3-Embedding-0.6B'
     assert (c.num_latents, c.latent_dim, c.unit_norm) == (M, D, True)
     if K:
-        assert (c.latent, c.codebook_size, c.latent_schedule, c.times, c.stage1_iters) == ('discrete', K, 'linear', 'independent', 50_000)
-        assert (c.p_drop, c.encoder_dropout) == (0, False)
+        assert (c.latent, c.codebook_size, c.latent_schedule) == ('discrete', K, 'linear')
+        assert (c.times, c.stage1_iters, c.p_drop, c.encoder_dropout) == ('independent', 50_000, 0, False)
     else:
         assert (c.latent, c.latent_schedule, c.times, c.stage1_iters) == ('continuous', 'vp_sqrt', 'same', 0)
         assert (c.p_drop, c.encoder_dropout) == (0.15, True)
-    with torch.device('meta'):
-        method = build({**vars(c), 'vocab_size': 151669})
-    assert round(parameters(method.dit.blocks) / 1e6) == 184 and f'{parameters(method.dit) / 1e6:.1f}' == '184.7'
+    method = on_meta(name, *overrides)
+    assert round(parameters(method.dit.blocks) / 1e6) == 184
+    assert f'{parameters(method.dit) / 1e6:.1f}' == '184.7'
     assert f'{method.flops(c.block_size) / 1e9:.2f}' == gflops
     assert not list(method.encoder.parameters())
 
@@ -94,83 +110,102 @@ def test_the_settings_of_the_paper_with_latents(name, overrides, M, D, K, gflops
 def test_ladd_and_mdlm_are_comparable(data, kind):
     """Backbones of equal size within 2 %, the same texts and the same optimizer."""
     mdlm, ladd = read(f'{data}_mdlm'), read(f'{data}_{kind}')
-    assert abs(parameters(make(f'{data}_{kind}').dit) / parameters(make(f'{data}_mdlm').dit) - 1) < 0.02
-    assert {k for k in mdlm if mdlm[k] != ladd[k]} <= {'method', 'out_dir', 'hidden', 'num_layers', 'num_heads', 'cond_dim'}
+    assert abs(parameters(on_meta(f'{data}_{kind}').dit) / parameters(on_meta(f'{data}_mdlm').dit) - 1) < 0.02
+    changed = {k for k in mdlm if mdlm[k] != ladd[k]}
+    assert changed <= {'method', 'out_dir', 'hidden', 'num_layers', 'num_heads', 'cond_dim'}
 
 
 @pytest.mark.parametrize('data', ['shakespeare_char', 'text', 'lm1b'])
 def test_ar_and_mdlm_are_comparable(data):
-    """Equal networks, tokens and optimizers: but for the method, its weighting and its name nothing differs."""
-    mdlm, ar = read(f'{data}_mdlm'), read(f'{data}_ar')
-    assert {k: v for k, v in mdlm.items() if k in ar and k not in ('method', 'out_dir')} == {k: v for k, v in ar.items() if k not in ('method', 'out_dir')}
-    assert parameters(make(f'{data}_mdlm')) == parameters(make(f'{data}_ar'))
+    """Equal networks, tokens and optimizers: nothing differs but the method, its weighting and its name."""
+    mdlm, ar = ({k: v for k, v in read(f'{data}_{method}').items() if k not in ('method', 'out_dir')}
+                for method in ('mdlm', 'ar'))
+    assert ar == {k: v for k, v in mdlm.items() if k in ar}
+    assert mdlm.keys() - ar.keys() == {'schedule', 'weighting'}
+    assert parameters(on_meta(f'{data}_mdlm')) == parameters(on_meta(f'{data}_ar'))
 
 
 # what a config needs to run on a tiny text by characters, without a pretrained encoder
 LEARNED = {'co_ladd': ['--encoder=', '--stage1_iters=1', '--num_latents=4'],
-           'di_ladd': ['--encoder=', '--stage1_iters=1', '--num_latents=4', '--codebook_size=7', '--latent_dim=8']}
+           'di_ladd': ['--encoder=', '--stage1_iters=1', '--num_latents=4', '--codebook_size=7',
+                       '--latent_dim=8']}
 FROZEN = {'co_ladd': ['--encoder=AR', '--num_latents=4', '--latent_dim=8'],
-          'di_ladd': ['--encoder=AR', '--stage1_iters=1', '--num_latents=4', '--codebook_size=7', '--latent_dim=8']}
-TRAINS = [(f'{data}_{method}', []) for data in ('shakespeare_char', 'text', 'lm1b') for method in ('mdlm', 'ar')] + [('owt_mdlm', [])] + [
-    (name, changes[name[-7:] if name != 'owt' else 'co_ladd']) for changes in (LEARNED, FROZEN)
-    for name in ('shakespeare_char_co_ladd', 'shakespeare_char_di_ladd', 'text_co_ladd', 'text_di_ladd', 'lm1b_co_ladd', 'lm1b_di_ladd', 'owt', 'owt_di_ladd')]
+          'di_ladd': ['--encoder=AR', '--stage1_iters=1', '--num_latents=4', '--codebook_size=7',
+                      '--latent_dim=8']}
+NO_LADD = [f'{data}_{method}' for data in ('shakespeare_char', 'text', 'lm1b') for method in ('mdlm', 'ar')]
+CO_LADD = ['shakespeare_char_co_ladd', 'text_co_ladd', 'lm1b_co_ladd', 'owt']
+DI_LADD = ['shakespeare_char_di_ladd', 'text_di_ladd', 'lm1b_di_ladd', 'owt_di_ladd']
+TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm']]
+TRAINS += [(name, changes[kind]) for changes in (LEARNED, FROZEN)
+           for kind, names in (('co_ladd', CO_LADD), ('di_ladd', DI_LADD)) for name in names]
+
+
+def prepare_in(folder, monkeypatch, text, tokenizer, tail):
+    """A prepared set called tiny, in a folder that stands for data/."""
+    for module in (prepare, tokens):
+        monkeypatch.setattr(module, 'DATA', str(folder))
+    prepare.write('tiny', {'train': lambda: iter([(text, True)])}, tokenizer, tail=tail)
 
 
 @pytest.mark.parametrize('name, changes', TRAINS)
 def test_it_trains(name, changes, tmp_path, monkeypatch):
     """Both ways to an encoder: learned in a stage of its own, or an AR checkpoint."""
-    for module in (common, tokens):
-        monkeypatch.setattr(module, 'DATA', str(tmp_path))
-    common.write('tiny', {'train': lambda: iter([('to be or not to be ' * 40, True)])}, 'char', tail=0.5)
+    prepare_in(tmp_path, monkeypatch, 'to be or not to be ' * 40, 'char', tail=0.5)
+    sizes = ['--block_size=16', '--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8']
     if '--encoder=AR' in changes:
         data = tokens.Tokens('tiny', 'train', 16)
-        ar = dict(method='ar', vocab_size=data.vocab_size, block_size=16, hidden=16, num_layers=1, num_heads=2, cond_dim=8, tokenizer=data.tokenizer)
-        (tmp_path / 'ar').mkdir()
-        save(f'{tmp_path}/ar/ckpt.pt', dict(format=1, config=ar, model=build(ar).state_dict(), ema={}, step=1))
+        ar = dict(method='ar', vocab_size=data.vocab_size, block_size=16, hidden=16, num_layers=1, num_heads=2,
+                  cond_dim=8, tokenizer=data.tokenizer)
+        save(f'{tmp_path}/ar/ckpt.pt', dict(config=ar, model=build(ar).state_dict(), ema={}, step=1))
         changes = [a.replace('=AR', f'={tmp_path}/ar') for a in changes]
-    train.main([os.path.join(ROOT, 'config', name + '.py'), '--dataset=tiny', f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False', '--block_size=16',
-                '--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--batch_size=4', '--max_iters=2', '--log_interval=1', '--eval_seqs=4', *changes])
-    with open(tmp_path / 'out' / 'log.jsonl') as f:
-        records = [json.loads(line) for line in f]
+    train.main([config_file(name), '--dataset=tiny', f'--out_dir={tmp_path}/out', '--device=cpu',
+                '--compile=False', *sizes, '--batch_size=4', '--max_iters=2', '--log_interval=1',
+                '--eval_seqs=4', *changes])
+    records = log(tmp_path / 'out')
     assert [r['step'] for r in records] == [1, 2, 2] and 0 < records[-1]['val_loss'] < 20
-    assert 'latent_loss' in records[1] or 'ladd' not in name and name != 'owt'
+    assert ('latent_loss' in records[1]) == (name in CO_LADD + DI_LADD)
 
 
 @pytest.fixture(scope='module')
 def qwen3(tmp_path_factory):
-    """Folders: Qwen3-Embedding-0.6B with random weights beside a tokenizer of as many (invented) words, and a little text in them."""
+    """Folders: Qwen3-Embedding-0.6B with random weights, a tokenizer of as many invented words, and a little
+    text in them."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
     folder = tmp_path_factory.mktemp('true_size')
-    config = transformers.Qwen3Config(vocab_size=151669, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                                      num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, tie_word_embeddings=True)
+    config = transformers.Qwen3Config(
+        vocab_size=151669, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,
+        tie_word_embeddings=True)
     transformers.Qwen3Model(config).to(torch.bfloat16).save_pretrained(folder / 'qwen3')
-    tok = Tokenizer(models.WordLevel({f'w{i}': i for i in range(151668)} | {'<|endoftext|>': 151668}, unk_token='w0'))
+    words = {f'w{i}': i for i in range(151668)} | {'<|endoftext|>': 151668}
+    tok = Tokenizer(models.WordLevel(words, unk_token='w0'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='w0', eos_token='<|endoftext|>').save_pretrained(folder / 'qwen3')
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='w0', eos_token='<|endoftext|>')
+    fast.save_pretrained(folder / 'qwen3')
+    text = ' '.join(f'w{i * i % 151668}' for i in range(3000))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (common, tokens):
-            patch.setattr(module, 'DATA', str(folder))
-        common.write('tiny', {'train': lambda: iter([(' '.join(f'w{i * i % 151668}' for i in range(3000)), True)])}, str(folder / 'qwen3'), tail=0.4)
-    yield folder
-    encoders.opened.cache_clear()
+        prepare_in(folder, patch, text, str(folder / 'qwen3'), tail=0.4)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['lm1b_co_ladd', 'lm1b_di_ladd', 'owt', 'owt_di_ladd'])
 def test_it_runs_at_true_size(name, qwen3, monkeypatch):
-    """Starts, trains two steps of one text each and samples. (Stage 2 alone: the k-means of stage 1 would read a thousand texts.)"""
+    """Starts, trains two steps of one text each and samples. (Only stage 2, because the k-means of stage 1
+    would read a thousand texts.)"""
     monkeypatch.setattr(ladd.LADD, 'begin_step', lambda *args: None)
-    for module in (common, tokens):
+    for module in (prepare, tokens):
         monkeypatch.setattr(module, 'DATA', str(qwen3))
     out = qwen3 / 'out'
-    train.main([os.path.join(ROOT, 'config', name + '.py'), '--dataset=tiny', f'--out_dir={out}', f'--encoder={qwen3}/qwen3', '--device=cpu', '--compile=False',
-                f'--stage1_iters={int("di" in name)}', '--batch_size=1', '--max_iters=2', '--log_interval=1', '--eval_seqs=1', '--init_from=scratch'])
-    with open(out / 'log.jsonl') as f:
-        records = [json.loads(line) for line in f]
-    assert [r['step'] for r in records] == [1, 2, 2] and all(0 < r.get('loss', r.get('val_loss')) < 100 for r in records)
-    method, checkpoint = load_method(out, 'cpu')
+    train.main([config_file(name), '--dataset=tiny', f'--out_dir={out}', f'--encoder={qwen3}/qwen3',
+                '--device=cpu', '--compile=False', f'--stage1_iters={int("di" in name)}', '--batch_size=1',
+                '--max_iters=2', '--log_interval=1', '--eval_seqs=1', '--init_from=scratch'])
+    records = log(out)
+    assert [r['step'] for r in records] == [1, 2, 2]
+    assert all(0 < r.get('loss', r.get('val_loss')) < 100 for r in records)
+    method, config = open_run(out, 'cpu')
     assert f'{parameters(method.dit) / 1e6:.1f}' == '184.7'
-    for strategy in ('joint', 'seq') if method.discrete else ('joint',):
-        x = method.sample(1, 2, strategy, latent_steps=2)
-        assert x.shape == (1, checkpoint['config']['block_size']) and x.max() < 151669
+    for strategy, options in (('joint', {}), ('seq', {'latent_steps': 2})) if 'di' in name else (('joint', {}),):
+        x = method.sample(1, 2, strategy, **options)
+        assert x.shape == (1, config['block_size']) and x.max() < 151669

@@ -1,4 +1,4 @@
-"""encoders.py, data/encode.py and LADD on frozen encoders: tiny random BERT, Qwen3 and GPT-2 models, and AR checkpoints of ours."""
+"""lib/encoders.py, data/encode.py, and LADD on frozen encoders: tiny models of the hub, and AR runs."""
 import itertools
 import json
 import os
@@ -9,51 +9,49 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import disk_full, files, generator, scrambled, spy, whole
 
-from lib import prepare as common
-import data.encode
-from lib import tokens as tokens_file
-from lib import encoders
-import eval
-import ladd
+import methods
 import train
-from lib.checkpoint import build, fingerprint, load_method, save
-from lib.configurator import UserError
+from data import encode
+from eval import main as evaluate
+from lib import prepare as preparing
+from lib import tokens as token_files
+from lib.checkpoint import fingerprint, save
+from lib.configurator import UserError, configure
+from lib.encoders import check_tokenizer, pool
 from lib.tokens import Tokens, WithLatents
-from lib.encoders import check_tokenizer, open_encoder, pool
-from test_bad_days import disk_full, files
-from test_ladd import spy
-from test_mdlm import generator, scrambled, whole
+from methods import METHODS, attach_encoder, build, open_encoder, open_run
 
 WORDS = '[UNK] [CLS] [SEP] The quick brown fox; times! No? to be or not that is'.split()
 TEXT = 'to be or not to be that is The brown fox; ' * 30
 L, WIDTH = 8, 16
-SMALL = dict(hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, max_position_embeddings=20)
+SMALL = dict(hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+             max_position_embeddings=20)
 HUB = 'bert', 'qwen3', 'gpt2'
 
 
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
-    """A folder of our own, no network, no encoder left open by the test before, and SIGTERM's handler as it was."""
-    for module in (common, tokens_file):
+    """A folder of our own, no network, and SIGTERM's handler as it was."""
+    for module in (preparing, token_files):
         monkeypatch.setattr(module, 'DATA', str(tmp_path / 'data'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.chdir(tmp_path)
-    encoders.opened.cache_clear()
     handler = signal.getsignal(signal.SIGTERM)
     yield
-    encoders.opened.cache_clear()
     signal.signal(signal.SIGTERM, handler)
 
 
 def tokenizer(path, words, around):
-    """A folder with a word tokenizer that writes [CLS] text [SEP] (BERT) or text [SEP] (a decoder with EOS)."""
+    """A folder with a word tokenizer: [CLS] text [SEP] (BERT), or text [SEP] (a decoder with EOS)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     ids = {w: i for i, w in enumerate(words)}
     tok = Tokenizer(models.WordLevel(ids, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok.post_processor = processors.TemplateProcessing(single=around, special_tokens=[('[CLS]', ids['[CLS]']), ('[SEP]', ids['[SEP]'])])
+    tok.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[('[CLS]', ids['[CLS]']), ('[SEP]', ids['[SEP]'])])
     PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='[UNK]', eos_token='[SEP]').save_pretrained(path)
 
 
@@ -67,7 +65,8 @@ def hub(kind, words=WORDS):
     elif kind == 'qwen3':
         model = transformers.Qwen3Model(transformers.Qwen3Config(num_key_value_heads=1, head_dim=8, **size))
     else:
-        model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=len(words), n_embd=WIDTH, n_layer=3, n_head=2, n_positions=20))
+        model = transformers.GPT2Model(transformers.GPT2Config(
+            vocab_size=len(words), n_embd=WIDTH, n_layer=3, n_head=2, n_positions=20))
     folder = os.path.join('hub', kind)
     model.save_pretrained(folder)
     tokenizer(folder, words, '[CLS] $A [SEP]' if kind == 'bert' else '$A [SEP]')
@@ -77,16 +76,15 @@ def hub(kind, words=WORDS):
 def ours(out_dir='out/ar', **changes):
     """The checkpoint of a small random AR model for the data of `prepare('char')`."""
     data = Tokens('toy', 'train', L)
-    config = {**dict(method='ar', vocab_size=data.vocab_size, block_size=L, hidden=WIDTH, num_layers=3, num_heads=2, cond_dim=8, dataset='toy',
-                     tokenizer=data.tokenizer, wrap=False), **changes}
+    config = dict(method='ar', vocab_size=data.vocab_size, block_size=L, hidden=WIDTH, num_layers=3,
+                  num_heads=2, cond_dim=8, dataset='toy', tokenizer=data.tokenizer, wrap=False) | changes
     method = scrambled(build(config))
-    os.makedirs(out_dir, exist_ok=True)
-    save(f'{out_dir}/ckpt.pt', {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': {}, 'step': 7})
+    save(f'{out_dir}/ckpt.pt', {'config': config, 'model': method.state_dict(), 'ema': {}, 'step': 7})
     return out_dir
 
 
 def prepare(tok='char', name='toy', text=TEXT):
-    common.write(name, {'train': lambda: iter([(text, True)])}, tok, tail=0.3)
+    preparing.write(name, {'train': lambda: iter([(text, True)])}, tok, tail=0.3)
     return name
 
 
@@ -99,22 +97,29 @@ def either(kind):
     return f'hub/{kind}'
 
 
-def make(name, latent='continuous', seed=0, **kwargs):
+def make(name, latent='continuous', seed=0, attached=True, **kwargs):
     """A small LADD on the encoder of that name."""
-    config = dict(method='ladd', encoder=name, latent=latent, vocab_size=Tokens('toy', 'train', L).vocab_size, block_size=L, hidden=16, num_layers=1, num_heads=2,
-                  cond_dim=8, num_latents=3, latent_dim=4, codebook_size=5, latent_schedule='linear' if latent == 'discrete' else 'vp_sqrt')
-    return scrambled(build({**config, **kwargs}), seed)
+    data = Tokens('toy', 'train', L)
+    config = dict(method='ladd', encoder=name, latent=latent, vocab_size=data.vocab_size, block_size=L,
+                  hidden=16, num_layers=1, num_heads=2, cond_dim=8, num_latents=3, latent_dim=4,
+                  codebook_size=5, latent_schedule='linear' if latent == 'discrete' else 'vp_sqrt')
+    model = scrambled(build({**config, **kwargs}), seed)
+    if attached:
+        attach_encoder(model, data, 'cpu')
+    return model
 
 
 def some(n=6):
-    return Tokens('toy', 'train', L).rows(range(n))
+    return Tokens('toy', 'train', L).rows(range(n))[0]
 
 
-# --- encoders -----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# encoders
 
 @pytest.mark.parametrize('L', range(1, 13))
 def test_pooling_is_its_plain_loop(L):
-    states, summary = torch.randn(2, L, 3, generator=generator()).double(), torch.randn(2, 3, generator=generator(1)).double()
+    states = torch.randn(2, L, 3, generator=generator()).double()
+    summary = torch.randn(2, 3, generator=generator(1)).double()
     for M in range(1, L + 1):
         z = pool(states, summary, M)
         assert z.shape == (2, M, 3)
@@ -138,14 +143,16 @@ def test_pooling_is_its_plain_loop(L):
 @pytest.mark.parametrize('layer', [-1, -2, 0, 3])
 def test_hub_states_are_those_of_a_plain_call(kind, layer):
     import transformers
-    encoder, x = open_encoder(hub(kind), 'cpu'), torch.randint(3, len(WORDS), (4, L), generator=generator())
+    encoder = open_encoder(hub(kind), 'cpu')
+    x = torch.randint(3, len(WORDS), (4, L), generator=generator())
     states, summary = encoder(x, layer=layer)
     before, after = torch.full((4, 1), 1), torch.full((4, 1), 2)
     whole_text = torch.cat((before, x, after) if kind == 'bert' else (x, after), dim=1)
     plain = transformers.AutoModel.from_pretrained(f'hub/{kind}').eval()
     with torch.no_grad():
         h = plain(input_ids=whole_text, output_hidden_states=True).hidden_states[layer]
-    assert states.shape == (4, L, WIDTH) == (4, L, encoder.width) and summary.shape == (4, WIDTH) and encoder.num_layers == 3
+    assert states.shape == (4, L, WIDTH) and summary.shape == (4, WIDTH)
+    assert encoder.width == WIDTH and encoder.num_layers == 3
     torch.testing.assert_close(states, h[:, 1:-1] if kind == 'bert' else h[:, :-1])
     torch.testing.assert_close(summary, h[:, -1])
 
@@ -177,9 +184,10 @@ def test_only_blanked_positions_are_zero_at_the_input(kind):
     """Also as LADD calls it: nothing but masked positions is ever blanked, and about .45 of those are."""
     name = either(kind)
     model = make(name, encoder_dropout=True)
-    encoder = open_encoder(name, 'cpu')
+    encoder = model.encoder.pretrained
     inner, seen = (encoder.model.dit if kind == 'ours' else encoder.model), []
-    inner.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs.get('inputs_embeds', *args)), with_kwargs=True)
+    inner.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs.get('inputs_embeds', *args)), with_kwargs=True)
     masks = spy(model, 'corrupt')
     with torch.no_grad():
         model.encode(some(20))
@@ -187,7 +195,8 @@ def test_only_blanked_positions_are_zero_at_the_input(kind):
         for step in range(30):
             model(some(20), whole(20, step=step))
     first = 0 if kind in ('qwen3', 'gpt2') else 1
-    zero, other = torch.stack([(e == 0).all(dim=2) for e in seen]), torch.stack([(e != plain).any(dim=2) for e in seen])
+    zero = torch.stack([(e == 0).all(dim=2) for e in seen])
+    other = torch.stack([(e != plain).any(dim=2) for e in seen])
     assert torch.equal(zero, other)  # what is not zero is as it was
     mask = torch.stack([m for _, (_, m) in masks])
     inside = zero[:, :, first:first + L]
@@ -195,15 +204,19 @@ def test_only_blanked_positions_are_zero_at_the_input(kind):
     assert 0.35 < inside.sum() / mask.sum() < 0.55
 
 
-def test_one_encoder_is_opened_once():
-    name = hub('bert')
-    assert open_encoder(name, 'cpu') is open_encoder(name, torch.device('cpu'))
+def test_a_run_opens_its_encoder_once(monkeypatch):
+    """And the method never does by itself."""
+    name, opened = either('ours'), []
+    monkeypatch.setattr(methods, 'open_encoder', lambda *args: opened.append(args) or open_encoder(*args))
+    go('a', f'--encoder={name}', '--max_iters=3')
+    assert opened == [(name, torch.device('cpu'))]
 
 
 def test_what_cannot_be_opened():
     prepare()
     ours('out/other', method='mdlm')
-    for name, words in (('nowhere/to-be-found', 'cannot load the encoder'), ('out/missing', 'train.py'), ('out/other', 'has to be ar')):
+    for name, words in (('nowhere/to-be-found', 'cannot load the encoder'), ('out/missing', 'train.py'),
+                        ('out/other', 'is MDLM; it has to be AR')):
         with pytest.raises(UserError, match=words) as e:
             open_encoder(name, 'cpu')
         assert '\n' not in str(e.value)
@@ -225,34 +238,41 @@ def test_latents_are_pooled_cut_and_of_length_one(kind):
 def test_the_encoder_is_nobodys_parameter(kind, latent):
     """No entry in the state dict, no gradient, eval mode whatever becomes of the method: in both stages."""
     name = either(kind)
-    model = make(name, latent, stage1_iters=2 if latent == 'discrete' else 0, dropout=0.1, encoder_dropout=latent == 'continuous')
-    encoder = open_encoder(name, 'cpu')
+    model = make(name, latent, stage1_iters=2 if latent == 'discrete' else 0, dropout=0.1,
+                 encoder_dropout=latent == 'continuous')
+    encoder = model.encoder.pretrained
     before = fingerprint(encoder.model)
     assert not any('encoder' in key for key in model.state_dict()) and not list(model.encoder.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(4):
+        noise = whole(6, step=step)
         model.train()
-        model.begin_step(step, lambda n: (some(20),), whole(6, step=step))
-        model(some(), whole(6, step=step))[0].backward()
+        model.begin_step(step, noise, lambda n: (some(20),))
+        model(some(), noise)[0].backward()
         optimizer.step()
+        model.end_step(torch.tensor(True), noise)
         assert not any(m.training for m in encoder.model.modules())
-    assert all(p.grad is None and not p.requires_grad for p in encoder.model.parameters()) and fingerprint(encoder.model) == before
+    assert all(p.grad is None and not p.requires_grad for p in encoder.model.parameters())
+    assert fingerprint(encoder.model) == before == attach_encoder(model, Tokens('toy', 'train', L), 'cpu')
     assert torch.equal(model.encode(some()), model.encode(some()))  # no dropout
 
 
 def test_what_a_frozen_encoder_cannot_do():
     name = either('ours')
-    data = Tokens('toy', 'train', L)
-    for wrong, words in ((dict(stage1_iters=5), 'stage1_iters=0'), (dict(num_latents=L + 1), 'num_latents=9'), (dict(encoder='', stored_latents=True), 'frozen encoder'),
-                         (dict(stored_latents=True, encoder_dropout=True), 'encoder_dropout=False'), (dict(latent='discrete', latent_schedule='linear', vq_start=3, stage1_iters=3), 'vq_start=3')):
+    for wrong, words in (
+            (dict(stage1_iters=5), 'stage1_iters=0'), (dict(num_latents=L + 1), 'num_latents=9'),
+            (dict(stored_latents=True, encoder_dropout=True), 'encoder_dropout=False'),
+            (dict(latent='discrete', latent_schedule='linear', vq_start=3, stage1_iters=3), 'vq_start=3'),
+            (dict(latent_dim=17), 'latent_dim=17')):
         with pytest.raises(UserError, match=words) as e:
             make(name, **wrong)
         assert '\n' not in str(e.value)
-    make(name, 'discrete', stage1_iters=5, vq_start=3).check_data(data, 'cpu')
-    with pytest.raises(UserError, match='latent_dim=17'):
-        make(name, latent_dim=17).check_data(data, 'cpu')
-    make('', latent_dim=17).check_data(data, 'cpu')  # a learned one has no such limits
-    make('out/missing', stored_latents=True).check_data(data, 'cpu')  # and stored latents need nobody
+    with pytest.raises(UserError, match="stored_latents=True has no effect with encoder=''"):
+        configure(train.Config, ['--method=ladd', '--stored_latents=True'], METHODS)
+    make(name, 'discrete', stage1_iters=5, vq_start=3)
+    # a learned one has no such limits, and stored latents need no encoder
+    assert make('', latent_dim=17, attached=False).encoder_name == ''
+    assert make('out/missing', stored_latents=True, attached=False).stored_latents
 
 
 @pytest.mark.parametrize('latent', ['continuous', 'discrete'])
@@ -271,13 +291,14 @@ def test_a_compiled_step_is_the_same_step(latent):
 
 
 def test_sequential_writes_what_a_given_latent_says():
-    """A toy like sawtooth: eight shifts of one wave, the latent names the shift; given by hand, it brings back its texts."""
-    shifts, n, steps = 8, 32, 150
+    """A toy like sawtooth: eight shifts of a wave. A latent names the shift; given by hand, it is obeyed."""
+    shifts, n, steps = 8, 32, 300
     waves = torch.tensor([[int((l + s) % 8 < 4) for l in range(8)] for s in range(shifts)])
     names = 4 * torch.eye(shifts)[:, None]  # (8, M = 1, D = 8)
     torch.manual_seed(0)
-    model = build(dict(method='ladd', encoder='never opened', vocab_size=2, block_size=8, hidden=32, num_layers=1, num_heads=2, cond_dim=8, num_latents=1, latent_dim=8,
-                       unit_norm=False, times='independent', weighting='constant', p_start=0.5, lambda_z=0.0))
+    model = build(dict(method='ladd', encoder='never opened', vocab_size=2, block_size=8, hidden=32,
+                       num_layers=1, num_heads=2, cond_dim=8, num_latents=1, latent_dim=8, unit_norm=False,
+                       lambda_z=0.0, times='independent', weighting='constant', p_start=0.5))
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
         s = (whole(n, step=step).uniform('shift') * shifts).long()
@@ -286,20 +307,24 @@ def test_sequential_writes_what_a_given_latent_says():
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    s, moves, calls = torch.arange(shifts).repeat(8), spy(model, 'latent_step'), spy(model, 'hidden_states')
+    s, moves, calls = torch.arange(shifts).repeat(8), spy(model.channel, 'step'), spy(model, 'hidden_states')
     x = model.sample(64, 4, 'seq', z_0=names[s], generator=generator())
-    assert not moves and all((z_t.sum(dim=(1, 2)) == 4).all() for (_, z_t, _), _ in calls)  # it arrives as it was given
+    # it arrives as it was given
+    assert calls and not moves and all((z_t.sum(dim=(1, 2)) == 4).all() for (_, z_t, _), _ in calls)
     assert (x == waves[s]).all(dim=1).float().mean() > 0.9
-    with pytest.raises(ValueError, match='sequential'):
+    with pytest.raises(ValueError, match='strategy=seq'):
         model.sample(64, 4, 'joint', z_0=names[s])
 
 
-# --- training: checkpoints, resume, stored latents ------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# training: checkpoints, resume, stored latents
 
-TINY = ['--method=ladd', '--dataset=toy', f'--block_size={L}', '--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--num_latents=3', '--latent_dim=4',
-        '--dtype=float32', '--batch_size=4', '--learning_rate=3e-3', '--log_interval=1', '--eval_seqs=4', '--device=cpu']
+TINY = ['--method=ladd', '--dataset=toy', f'--block_size={L}', '--hidden=16', '--num_layers=1',
+        '--num_heads=2', '--cond_dim=8', '--num_latents=3', '--latent_dim=4', '--dtype=float32',
+        '--batch_size=4', '--learning_rate=3e-3', '--log_interval=1', '--eval_seqs=4', '--device=cpu']
 CO = ['--encoder_dropout=True', '--p_drop=.15']
-DI = ['--latent=discrete', '--latent_schedule=linear', '--codebook_size=5', '--times=independent', '--stage1_iters=3', '--dropout=.1']
+DI = ['--latent=discrete', '--latent_schedule=linear', '--codebook_size=5', '--times=independent',
+      '--stage1_iters=3', '--dropout=.1']
 
 
 def go(out_dir, *args):
@@ -307,7 +332,8 @@ def go(out_dir, *args):
     train.main([*TINY, f'--out_dir={out_dir}', *args])
     with open(f'{out_dir}/log.jsonl') as f:
         records = [json.loads(line) for line in f]
-    return [(r['step'], r['loss'], r['grad_norm']) for r in records if 'loss' in r], [r['val_loss'] for r in records if 'val_loss' in r][-1:]
+    losses = [(r['step'], r['loss'], r['grad_norm']) for r in records if 'loss' in r]
+    return losses, [r['val_loss'] for r in records if 'val_loss' in r][-1:]
 
 
 @pytest.mark.parametrize('method', ['co', 'di', 'di stored'])
@@ -315,11 +341,10 @@ def test_save_and_resume_give_the_same_losses(method):
     name = either('ours')
     args = [f'--encoder={name}', *(CO if method == 'co' else DI)]
     if method == 'di stored':
-        data.encode.main(TINY + args)
+        encode.main(TINY + args)
         args.append('--stored_latents=True')
     whole_run = go('a', *args, '--max_iters=6')
     go('b', *args, '--max_iters=2')
-    encoders.opened.cache_clear()  # as another process would
     assert go('b', *args, '--max_iters=6') == whole_run
     for changed in ('--num_latents=2', '--encoder=out/another'):
         ours('out/another')
@@ -332,20 +357,19 @@ def test_an_encoder_is_known_by_its_weights(stored):
     """Under the name of one with other weights neither training nor evaluation goes on."""
     args = [f'--encoder={either("ours")}', *DI, *['--stored_latents=True'] * stored]
 
-    def encode():
-        encoders.opened.cache_clear()  # as another process would
+    def store():
         if stored:
-            data.encode.main([*TINY, *args[:1]])
-    encode()
+            encode.main([*TINY, *args[:1]])
+    store()
     go('out/a', *args, '--max_iters=1')
-    evaluate = ['--out_dir=out/a', '--batch_size=4', '--val_seqs=4', '--device=cpu']
-    eval.main(evaluate)
+    evaluation = ['--out_dir=out/a', '--batch_size=4', '--val_seqs=4', '--device=cpu']
+    evaluate(evaluation)
     ours(num_layers=2)
-    encode()
+    store()
     with pytest.raises(UserError, match='encoder_weights='):
         go('out/a', *args, '--max_iters=2')
     with pytest.raises(UserError, match='has other weights than the encoder'):
-        eval.main(evaluate)
+        evaluate(evaluation)
 
 
 def test_both_strategies_from_one_checkpoint_without_the_encoder():
@@ -355,13 +379,12 @@ def test_both_strategies_from_one_checkpoint_without_the_encoder():
         record = json.loads(f.readline())
     assert 1 <= record['code_perplexity'] <= 5 and 0 <= record['code_usage'] <= 1
     shutil.rmtree(name)
-    encoders.opened.cache_clear()
-    method, _ = load_method('out/di', 'cpu')
-    for strategy in ('joint', 'seq'):
-        x = method.sample(5, 3, strategy, latent_steps=2, generator=generator())
+    method, _ = open_run('out/di', 'cpu')
+    for strategy, options in (('joint', {}), ('seq', {'latent_steps': 2})):
+        x = method.sample(5, 3, strategy, generator=generator(), **options)
         assert x.shape == (5, L) and x.max() < method.config.vocab_size
     with pytest.raises(UserError, match='cannot load the encoder'):
-        method.nll(some(), whole(6))
+        attach_encoder(method, Tokens('toy', 'train', L), 'cpu')
 
 
 def test_the_run_refuses_another_tokenizer_before_it_writes():
@@ -376,13 +399,14 @@ def test_the_run_refuses_another_tokenizer_before_it_writes():
 @pytest.mark.parametrize('latent', ['continuous', 'discrete'])
 def test_stored_latents_are_those_made_on_the_fly(kind, latent):
     name = either(kind)
-    assert data.encode.main([*TINY, f'--encoder={name}']) is None
+    assert encode.main([*TINY, f'--encoder={name}']) is None
     model = make(name, latent).eval()
     for split in ('train', 'val'):
         tokens = Tokens('toy', split, L)
         stored = WithLatents(tokens, name, 3, 4)
         x, z_0 = stored.rows(range(len(tokens)))
-        assert len(stored) == len(tokens) and torch.equal(x, tokens.rows(range(len(tokens)))) and z_0.dtype == torch.float32
+        assert len(stored) == len(tokens) and torch.equal(x, *tokens.rows(range(len(tokens))))
+        assert z_0.dtype == torch.float32
         assert torch.equal(z_0, model.encoder(x).to(torch.bfloat16).float())  # rounded, and nothing else
         noise = whole(len(x))
         torch.testing.assert_close(model.encode(x, stored=z_0), model.encode(x), rtol=0, atol=2**-7)
@@ -392,22 +416,24 @@ def test_stored_latents_are_those_made_on_the_fly(kind, latent):
             top = (e @ codebook.T).topk(2, dim=-1).values
             clear = (top[..., 0] - top[..., 1] > 0.02).all(dim=1)  # bfloat16 may decide a tie otherwise
             x, z_0, noise = x[clear], z_0[clear], noise[clear]
-            assert len(x) > 3 and torch.equal(model.quantizer.nearest(model.encode(x, stored=z_0)), model.quantizer.nearest(model.encode(x)))
+            nearest = model.quantizer.nearest
+            assert len(x) > 3 and torch.equal(nearest(model.encode(x, stored=z_0)), nearest(model.encode(x)))
         torch.testing.assert_close(model(x, noise, z_0)[0], model(x, noise)[0], **near)
-        torch.testing.assert_close(model.nll(x, noise, z_0), model.nll(x, noise), **near)
+        torch.testing.assert_close(model.nll(x, noise, z_0=z_0), model.nll(x, noise), **near)
 
 
 def test_batches_of_chunks_with_their_latents():
     """Any chunk, each with its own latent, a pure function of (seed, step, row)."""
     name = either('ours')
-    data.encode.main([*TINY, f'--encoder={name}'])
+    encode.main([*TINY, f'--encoder={name}'])
     tokens = Tokens('toy', 'train', L)
     stored, everything = WithLatents(tokens, name, 3, 4), dict()
     for x, z in zip(*stored.rows(range(len(tokens)))):
         everything.setdefault(tuple(x.tolist()), []).append(z)
     x, z_0 = stored.batch(1, 2, torch.arange(100))
     assert x.shape == (100, L) and z_0.shape == (100, 3, 4)
-    assert all(any(torch.equal(z, other) for other in everything[tuple(ids.tolist())]) for ids, z in zip(x, z_0))
+    for ids, z in zip(x, z_0):
+        assert any(torch.equal(z, other) for other in everything[tuple(ids.tolist())])
     assert len({tuple(ids.tolist()) for ids in x}) == len(everything)
     for a, b in zip(stored.batch(1, 2, torch.tensor([7, 3])), (x[[7, 3]], z_0[[7, 3]])):
         assert torch.equal(a, b)
@@ -421,10 +447,9 @@ def test_training_on_stored_latents_never_opens_the_encoder(args, monkeypatch):
     """In both stages, for k-means and for validation; micro-batches take their latents along."""
     name = either('ours')
     args = [f'--encoder={name}', *args, '--max_iters=5', '--dropout=0']
-    data.encode.main(TINY + args)
+    encode.main(TINY + args)
     shutil.rmtree(name)
-    encoders.opened.cache_clear()
-    monkeypatch.setattr(ladd, 'open_encoder', lambda *_: pytest.fail('it was opened'))
+    monkeypatch.setattr(methods, 'open_encoder', lambda *_: pytest.fail('it was opened'))
     one, val = go('a', *args, '--stored_latents=True')
     two, _ = go('b', *args, '--stored_latents=True', '--micro_batch=2')
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-3, atol=1e-4)
@@ -442,8 +467,8 @@ def test_what_was_stored_of_something_else_is_refused():
         assert '\n' not in str(e.value) and not os.path.exists('a')
         return str(e.value)
     message = fails('no stored latents')
-    data.encode.main(message.partition('python data/encode.py ')[2].split() + ['--device=cpu', '--dtype=float32'])
-    folder, meta = tokens_file.latents_of(tokens, name, 3, 4)
+    encode.main(message.partition('python data/encode.py ')[2].split() + ['--device=cpu', '--dtype=float32'])
+    folder, meta = token_files.latents_of(tokens, name, 3, 4)
     go('fine', f'--encoder={name}', '--stored_latents=True', '--max_iters=1')
     fails('no stored latents', '--num_latents=4'), fails('no stored latents', '--latent_dim=5')
     fails('no stored latents', '--block_size=4')
@@ -451,7 +476,8 @@ def test_what_was_stored_of_something_else_is_refused():
     def with_meta(text):
         with open(f'{folder}/meta.json', 'w') as f:
             f.write(text)
-    for key, value in (('encoder', 'elsewhere/ar'), ('block_size', 9), ('train', {'chunks': len(tokens), 'tokens_sha256': '0'})):
+    for key, value in (('encoder', 'elsewhere/ar'), ('block_size', 9),
+                       ('train', {'chunks': len(tokens), 'tokens_sha256': '0'})):
         with_meta(json.dumps({**meta, key: value}))
         assert 'data/encode.py' in fails(f'{key} changed')
     with_meta('{')
@@ -467,51 +493,60 @@ def test_what_was_stored_of_something_else_is_refused():
 def test_encoding_is_all_or_nothing(monkeypatch, capsys):
     name = either('ours')
     args = [*TINY, f'--encoder={name}']
-    folder, _ = tokens_file.latents_of(Tokens('toy', 'train', L), name, 3, 4)
+    folder, _ = token_files.latents_of(Tokens('toy', 'train', L), name, 3, 4)
     rows, calls = Tokens.rows, itertools.count()
-    monkeypatch.setattr(Tokens, 'rows', lambda self, i: rows(self, i) if next(calls) < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupted(self, indices):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return rows(self, indices)
+    monkeypatch.setattr(Tokens, 'rows', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        data.encode.main(args)
+        encode.main(args)
     assert os.listdir(folder) == []
     monkeypatch.setattr(Tokens, 'rows', rows)
-    data.encode.main(args)
+    encode.main(args)
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
-    first, before = [open(f'{folder}/{f}', 'rb').read() for f in ('train.bin', 'val.bin')], os.stat(f'{folder}/train.bin').st_ino
+    first = [open(f'{folder}/{f}', 'rb').read() for f in ('train.bin', 'val.bin')]
+    before = os.stat(f'{folder}/train.bin').st_ino
     capsys.readouterr()
-    data.encode.main(args)
+    encode.main(args)
     assert 'there already' in capsys.readouterr().out and os.stat(f'{folder}/train.bin').st_ino == before
     before = files(folder)
     os.truncate(f'{folder}/val.bin', 10)
-    data.encode.main(args)
+    encode.main(args)
     assert files(folder) == before  # made again
     ours(hidden=32)  # another encoder under the old name
-    encoders.opened.cache_clear()
     with disk_full(20), pytest.raises(UserError, match='cannot write .*latents'):
-        data.encode.main(args)
+        encode.main(args)
     assert files(folder) == before
-    data.encode.main(args)
+    encode.main(args)
     assert first != [open(f'{folder}/{f}', 'rb').read() for f in ('train.bin', 'val.bin')]
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=3))
     ours()
-    encoders.opened.cache_clear()
-    for wrong, words in ((args, 'disk has'), ([*args, '--micro_batch=-1'], 'micro_batch must not be negative'), ([*TINY], '--encoder=NAME'), ([*TINY[1:], '--method=mdlm'], 'unknown key|--method=ladd')):
+    for wrong, words in ((args, 'disk has'), ([*args, '--micro_batch=-1'], 'micro_batch must be at least 0'),
+                         ([*TINY], '--encoder=NAME'),
+                         ([*TINY[1:], '--method=mdlm'], 'unknown key|--method=ladd')):
         with pytest.raises(UserError, match=words):
-            data.encode.main(wrong)
+            encode.main(wrong)
 
 
 def test_only_a_summary_costs_an_eos():
-    """GPT-2's tokenizer adds nothing. For LADD's summary we add EOS, so 20 places hold 19 tokens; LDLM reads all 20, the same first states."""
+    """GPT-2's tokenizer adds nothing. For LADD's summary we add EOS, so 20 places hold 19 tokens.
+
+    LDLM reads all 20, and the first states are the same.
+    """
     prepare(folder := hub('gpt2'))
     tokenizer(folder, WORDS, '$A')
-    encoders.opened.cache_clear()
     encoder = open_encoder(folder, 'cpu')
     check_tokenizer(encoder, Tokens('toy', 'train', 19))
     with pytest.raises(UserError, match='at most 19'):
         check_tokenizer(encoder, Tokens('toy', 'train', 20))
     check_tokenizer(encoder, Tokens('toy', 'train', 20), summary=False)
-    x = Tokens('toy', 'train', 20).rows([0])
+    x, = Tokens('toy', 'train', 20).rows([0])
     states, _ = encoder(x, summary=False)
     closed, summary = encoder(x[:, :19])
     torch.testing.assert_close(states[:, :19], closed)
     eos = torch.full((1, 1), WORDS.index('[SEP]'))
-    torch.testing.assert_close(summary, encoder.model(torch.cat((x[:, :19], eos), dim=1)).last_hidden_state[:, -1])
+    expected = encoder.model(torch.cat((x[:, :19], eos), dim=1)).last_hidden_state[:, -1]
+    torch.testing.assert_close(summary, expected)

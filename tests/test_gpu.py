@@ -1,40 +1,45 @@
 """What a GPU would make the host wait for, or refuse, on a machine without one.
 
-Tensors of the device `meta` have shapes but no values. A step that asks for a value (`.item()`, `if tensor:`, x[mask], a number of rows that
-depends on the data) fails there, and so does one that mixes them with tensors forgotten on the CPU. Nothing here is `cpu`, so the branches are those of a GPU.
+Tensors of the device `meta` have shapes but no values. A step that asks for a value (`.item()`, `if tensor:`,
+x[mask], a number of rows that depends on the data) fails there, and so does one that mixes them with tensors
+forgotten on the CPU. Nothing here is `cpu`, so the branches are those of a GPU.
 """
-
 import contextlib
 
 import pytest
 import torch
 
-from lib import checkpoint
 from lib.noise import Noise
-from test_head import B, L, V
+from methods import build
 
+V, B, L = 50, 8, 16
 BASE = dict(vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8)
 LADD = dict(method='ladd', num_latents=2, latent_dim=4, encoder_layers=1, stage1_iters=2)
 METHODS = {
-    'mdlm': dict(method='mdlm', dropout=0.1), 'ar': dict(method='ar'), 'geometric': dict(method='mdlm', schedule='geometric'),
+    'mdlm': dict(method='mdlm', dropout=0.1),
+    'ar': dict(method='ar'),
+    'geometric': dict(method='mdlm', schedule='geometric'),
     'co_ladd': dict(LADD, p_drop=0.1, encoder_dropout=True, p_start=0.1, latent_layers=1),
-    'di_ladd': dict(LADD, latent='discrete', latent_schedule='linear', codebook_size=5, times='independent', stage1_iters=4, vq_start=1),
-    'ldlm': dict(method='ldlm', token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1, decoder_layers=1, adaptive_bins=4,
-                 adaptive_every=2, mask_states=0.1),
+    'di_ladd': dict(LADD, latent='discrete', latent_schedule='linear', codebook_size=5, times='independent',
+                    stage1_iters=4, vq_start=1),
+    'ldlm': dict(method='ldlm', token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1,
+                 decoder_layers=1, adaptive_bins=4, adaptive_every=2, mask_states=0.1),
 }
 
 
 def step(method, i, accumulate=2):
     """What train.py does in a step, but for AdamW."""
+    def draw_rows(n):
+        return (torch.zeros(n, L, dtype=torch.int64, device='meta'),)
     noise = Noise(0, i, torch.arange(B, device='meta'), B)
-    if hasattr(method, 'begin_step'):
-        method.begin_step(i, lambda n: (torch.zeros(n, L, dtype=torch.int64, device='meta'),), noise)
-    x = torch.zeros(B, L, dtype=torch.int64, device='meta')
+    method.begin_step(i, noise, draw_rows)
+    x, = draw_rows(B)
     for k in range(accumulate):
         loss, logs = method(x[k::accumulate], noise[k::accumulate])
         (loss / accumulate).backward()
     norm = torch.nn.utils.clip_grad_norm_(method.parameters(), 1.0)
     method.zero_grad(set_to_none=True)
+    method.end_step(torch.isfinite(loss.detach() + norm), noise)
     return [loss, norm, *logs.values()]
 
 
@@ -43,7 +48,7 @@ def test_no_step_asks_the_host(name, monkeypatch):
     """Six steps, with a stage's or the codebook's beginning and new times among them."""
     monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
     with torch.device('meta'):
-        method = checkpoint.build({**BASE, **METHODS[name]}).train()
+        method = build({**BASE, **METHODS[name]}).train()
     for i in range(6):
         assert {v.device.type for v in step(method, i)} == {'meta'}
 
@@ -51,7 +56,7 @@ def test_no_step_asks_the_host(name, monkeypatch):
 @pytest.mark.parametrize('spoilt', ['value', 'shape', 'place'])
 def test_it_would_be_seen(spoilt, monkeypatch):
     with torch.device('meta'):
-        method = checkpoint.build({**BASE, 'method': 'mdlm'})
+        method = build({**BASE, 'method': 'mdlm'})
     corrupt = method.corrupt
 
     def wrapped(x, t, noise):

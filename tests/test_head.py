@@ -1,5 +1,9 @@
-"""The vocabulary head on masked rows only is the full computation: same loss, same gradients, never (B, L, V) logits, nothing recompiled."""
+"""The vocabulary head on masked rows only is the full computation: same loss, same gradients.
+
+And the logits (B, L, V) never exist as a whole, and nothing is recompiled from step to step.
+"""
 import copy
+import math
 import re
 import shutil
 
@@ -11,21 +15,32 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-from lib import checkpoint
+import mdlm
 import model
-from mdlm import alpha, elbo_weight, masked_rows
 from lib.noise import Noise
+from mdlm import alpha, elbo_weight, masked_rows
+from methods import build
 
 V, B, L = 50, 8, 16
+BASE = dict(vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8)
+CO_LADD = dict(method='ladd', num_latents=2, latent_dim=4)
+DI_LADD = dict(CO_LADD, latent='discrete', latent_schedule='linear', codebook_size=5)
+LDLM = dict(method='ldlm', token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1,
+            decoder_layers=1)
 
 
 def make(method='mdlm', **config):
     torch.manual_seed(0)
-    m = checkpoint.build(dict(method=method, vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, **config))
+    m = build(dict(BASE, method=method, **config))
     with torch.no_grad():
         for p in m.parameters():
             p.normal_(std=0.3)
     return m
+
+
+def chunks(monkeypatch, rows, part):
+    """Makes the head hold so many rows of logits at once, and so many of them in fp32."""
+    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **fp32: part if fp32 else rows)
 
 
 def data(step=0, b=B):
@@ -35,7 +50,7 @@ def data(step=0, b=B):
 
 def full_loss(m, x, noise):
     """MDLM's loss written down as in the paper, over all positions."""
-    t = 1e-4 + (1 - 1e-4) * noise.times('t_x', in_order=True)
+    t = 1e-4 + (1 - 1e-4) * noise.times('t_x', shuffled=False)
     x_t, mask = m.corrupt(x, t, noise)
     log_p = m.head(m.dit(m.embed(x_t))).float().log_softmax(dim=-1)
     nats = -log_p.gather(2, x[..., None])[..., 0] * mask
@@ -53,7 +68,7 @@ def gradients(m, loss):
 @pytest.mark.parametrize('config', [{}, {'weighting': 'constant'}, {'schedule': 'geometric'}], ids=str)
 def test_same_loss_and_gradients(config, rows, monkeypatch):
     if rows:
-        monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: max(1, rows // 2) if part else rows)
+        chunks(monkeypatch, rows, max(1, rows // 2))
     m, (x, noise) = make(**config), data()
     loss, logs = m(x, noise)
     assert logs['overflow'] == 0
@@ -69,9 +84,9 @@ def test_same_in_bfloat16():
     with torch.autocast('cpu', torch.bfloat16):
         loss, full = m(x, noise)[0], full_loss(m, x, noise)
     torch.testing.assert_close(loss, full, rtol=1e-3, atol=0)
-    for ours, theirs, exact in zip(gradients(m, loss), gradients(m, full), exact):
-        error = (theirs - exact).norm()  # as far from the fp32 gradient as bf16 is in any case
-        assert (ours - exact).norm() <= 1.5 * error + 1e-3 * exact.norm() + 1e-9
+    for ours, theirs, true in zip(gradients(m, loss), gradients(m, full), exact):
+        error = (theirs - true).norm()  # as far from the fp32 gradient as bf16 is in any case
+        assert (ours - true).norm() <= 1.5 * error + 1e-3 * true.norm() + 1e-9
 
 
 def test_targets_that_are_nearly_certain_keep_their_gradient():
@@ -96,48 +111,61 @@ def test_backward_twice_is_an_error_not_a_wrong_gradient():
         loss.backward()
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that come into being."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
+                self.shapes.add(tuple(t.shape))
         return out
+
+    def largest(self):
+        return max(map(math.prod, self.shapes))
 
 
 @pytest.mark.parametrize('method', ['mdlm', 'ar'])
 def test_logits_of_all_positions_never_exist(method, monkeypatch):
-    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: 10)
-    m = checkpoint.build(dict(method=method, vocab_size=2000, block_size=L, hidden=4, num_layers=1, num_heads=2, cond_dim=4))
+    chunks(monkeypatch, 10, 10)
+    m = build(dict(method=method, vocab_size=2000, block_size=L, hidden=4, num_layers=1, num_heads=2,
+                   cond_dim=4))
     x, noise = data()
-    with LargestTensor() as largest:
+    with Shapes() as seen:
         m(x, noise)[0].backward()
         m.nll(x, noise)
-    assert largest.numel == 10 * 2000 < B * L * 2000
-    with LargestTensor() as largest:
+    assert seen.largest() == 10 * 2000 < B * L * 2000
+    with Shapes() as seen:
         m.sample(2, steps=L)  # about one token per call
-    assert largest.numel <= 8 * 2000  # and 2 * L * 2000 would be all
+    assert seen.largest() <= 8 * 2000  # and 2 * L * 2000 would be all
 
 
 def test_the_slots_hold_what_they_promise():
-    """Static number, every masked position in it (below capacity), each once; what finds no slot is counted."""
+    """Their number is static, and every masked position is in one, once (none is left over here)."""
     for b, total in [(8, 8), (8, 32), (1, 1), (64, 64)]:
         sizes, static = set(), torch.compile(masked_rows, backend='eager', fullgraph=True)
         for step in range(20):
             noise = Noise(0, step, torch.arange(b) * (total // b), total)
-            mask = noise.uniform('mask', L) < 1 - alpha(noise.times('t_x', in_order=True))[:, None]
+            mask = noise.uniform('mask', L) < 1 - alpha(noise.times('t_x', shuffled=False))[:, None]
             rows, used, overflow = static(mask)
             sizes.add(len(rows))
-            assert overflow == 0 and sorted(rows[used].tolist()) == mask.flatten().nonzero()[:, 0].tolist() and len(rows.unique()) == len(rows)
+            assert overflow == 0 and sorted(rows[used].tolist()) == mask.flatten().nonzero()[:, 0].tolist()
+            assert len(rows.unique()) == len(rows)
             eager_rows, eager_used, _ = masked_rows(mask)  # a CPU drops most empty slots, in sizes of 64
-            assert torch.equal(eager_rows[eager_used], rows[used]) and len(eager_rows) == min(len(rows), int(mask.sum()) // 64 * 64 + 64)
+            assert torch.equal(eager_rows[eager_used], rows[used])
+            assert len(eager_rows) == min(len(rows), int(mask.sum()) // 64 * 64 + 64)
         assert len(sizes) == 1 and sizes.pop() <= b * L
 
 
 def test_slots_are_few():
-    """Evenly spaced times have nearly the mean. With 64 strata of 512 drawn at random .7 of all positions had to be ready."""
+    """Evenly spaced times have nearly the mean.
+
+    With 64 strata of 512 drawn at random .7 of all positions had to be ready.
+    """
     rows, _, _ = torch.compile(masked_rows, backend='eager')(torch.zeros(64, 512, dtype=torch.bool))
     assert len(rows) < 0.53 * 64 * 512
 
@@ -148,17 +176,22 @@ def test_overflow_is_counted_and_not_silent(monkeypatch):
     h = m.dit(m.embed(x))
     loss, overflow = m.token_loss(h, x, everything, torch.full((64,), 0.5))
     assert 0 < overflow == everything.sum() - len(masked_rows(everything)[0])
-    _, overflow = m.token_loss(h, x, everything, torch.full((64,), 0.5), uniform=False)
+    _, overflow = m.token_loss(h, x, everything, torch.full((64,), 0.5), stratified=False)
     assert overflow == 0
     monkeypatch.setattr(m, 'corrupt', lambda x, t, noise: (x, everything))
     assert m(x, noise)[1]['overflow'] > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # torch.compile
 
 def compiled_steps(m, steps, backend='eager'):
-    """Trains compiled and not, from the same weights -> number of graphs after each step; losses and gradients must agree."""
+    """Trains compiled and not, from the same weights -> number of graphs after each step.
+
+    Losses and gradients must agree.
+    """
+    def draw_rows(n):
+        return (torch.randint(V, (n, L), generator=torch.Generator().manual_seed(0)),)
     torch._dynamo.reset()
     counters.clear()
     plain, graphs = copy.deepcopy(m), []
@@ -167,39 +200,42 @@ def compiled_steps(m, steps, backend='eager'):
         x, noise = data(step)
         results = []
         for method in (m, plain):
-            if hasattr(method, 'begin_step'):
-                method.begin_step(step, lambda n: (torch.randint(V, (n, L), generator=torch.Generator().manual_seed(0)),), noise)
+            method.begin_step(step, noise, draw_rows)
             loss, _ = method(x, noise)
             method.zero_grad()
             loss.backward()
+            method.end_step(torch.tensor(True), noise)
             results.append((loss, [p.grad for p in method.parameters() if p.grad is not None]))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
         graphs.append(counters['stats']['unique_graphs'])
     return graphs
 
 
-@pytest.mark.parametrize('config', [dict(), dict(schedule='polynomial'), dict(method='ar'), dict(method='ladd', num_latents=2, latent_dim=4, p_drop=0.1),
-                                    dict(method='ladd', num_latents=2, latent_dim=4, latent='discrete', latent_schedule='linear', codebook_size=5)], ids=str)
+@pytest.mark.parametrize('config', [{}, dict(schedule='polynomial'), dict(method='ar'),
+                                    dict(CO_LADD, p_drop=0.1), DI_LADD], ids=str)
 def test_one_graph_for_all_steps(config):
-    backend = 'eager' if config else 'aot_eager'  # the latter traces the backward pass as well, and takes its time
+    backend = 'eager' if config else 'aot_eager'  # which traces the backward pass as well, and is slow
     assert compiled_steps(make(**config), 4, backend) == [1, 1, 1, 1]
 
 
 def test_one_graph_when_the_logits_come_in_chunks(monkeypatch):
-    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: 5 if part else 20)
+    chunks(monkeypatch, 20, 5)
     assert compiled_steps(make(), 3) == [1, 1, 1]
 
 
 def test_one_more_graph_for_another_stage():
-    m = make('ladd', num_latents=2, latent_dim=4, latent='discrete', latent_schedule='linear', codebook_size=5, stage1_iters=4, vq_start=2)
+    m = make(**DI_LADD, stage1_iters=4, vq_start=2)
     assert compiled_steps(m, 7) == [1, 1, 2, 2, 3, 3, 3]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'clang++'))), reason='needs a C++ compiler')
 def test_compiled_logits_are_never_in_fp32(monkeypatch):
-    """Softmax, loss and gradient are fused: what is written of a chunk of logits are its bf16 numbers and those of its gradient."""
+    """Softmax, loss and gradient are fused.
+
+    What is written of a chunk of logits are its bf16 numbers and those of its gradient.
+    """
     R, size = 96, 32
-    monkeypatch.setattr(model, 'rows_at_once', lambda V, device, **part: size)
+    chunks(monkeypatch, size, size)
     head, h = torch.nn.Linear(16, 4000), torch.randn(R, 16, requires_grad=True)
 
     def loss(h):
@@ -212,8 +248,26 @@ def test_compiled_logits_are_never_in_fp32(monkeypatch):
     assert buffers and set(buffers) == {'bfloat16'}
 
 
-def test_the_reference_of_the_benchmark_is_the_same_function():
-    m, (x, noise) = make(), data()
-    loss, _ = m(x, noise)
-    m.token_loss = lambda *args: bench.full_token_loss(m, *args)
-    torch.testing.assert_close(m(x, noise)[0], loss)
+# ------------------------------------------------------------------------------------------------------------
+# the other side of the benchmark
+
+@pytest.mark.parametrize('config', [{}, dict(weighting='constant'), dict(method='ar'),
+                                    dict(CO_LADD, p_start=0.5), DI_LADD, LDLM], ids=str)
+def test_the_full_head_of_the_benchmark_is_the_same_function(config, monkeypatch):
+    """Of every method, and from the logits of all positions."""
+    m, (x, noise) = make(**config), data()
+    chunks(monkeypatch, 10, 10)
+    for module, name in ((model, 'HeadCrossEntropy'), (mdlm, 'masked_rows')):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    losses, grads, all_logits = [], [], []
+    for _ in range(2):
+        m.zero_grad()
+        with Shapes() as seen:
+            losses.append(m(x, noise)[0])
+            losses[-1].backward()
+        grads.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
+        all_logits.append((B * L, V) in seen.shapes)
+        bench.use_full_head()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert all_logits == [False, True]

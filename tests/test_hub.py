@@ -1,40 +1,46 @@
-"""The official network, written here once more and without a look at model.py, must compute the same function as our DiT."""
+"""lib/hub.py: the official network, written here anew, computes the same function as our DiT.
+
+Written without a look at model.py, from the official code alone.
+"""
 import json
 import math
 import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from lib import hub
 import train
-from lib.checkpoint import load_method
+from lib import hub, prepare, tokens
 from lib.configurator import UserError
-from lib import prepare as common, tokens
-from lib.hub import load_hub
+from methods import open_published, open_run
 
 V, D, LAYERS, HEADS, COND, L = 11, 24, 3, 3, 10, 9  # V counts [mask]
-CONFIG = dict(model_type='mdlm', vocab_size=V, model_length=L, hidden_dim=D, cond_dim=COND, n_blocks=LAYERS, n_heads=HEADS, dropout=0.1,
-              time_conditioning=False)
+CONFIG = dict(model_type='mdlm', vocab_size=V, model_length=L, hidden_dim=D, cond_dim=COND, n_blocks=LAYERS,
+              n_heads=HEADS, dropout=0.1, time_conditioning=False)
 
 
 def official_shapes():
-    shapes = {'vocab_embed.embedding': (V, D), 'sigma_map.mlp.0.weight': (COND, 256), 'sigma_map.mlp.0.bias': (COND,),
-              'sigma_map.mlp.2.weight': (COND, COND), 'sigma_map.mlp.2.bias': (COND,), 'rotary_emb.inv_freq': (D // HEADS // 2,),
-              'output_layer.norm_final.weight': (D,), 'output_layer.linear.weight': (V, D), 'output_layer.linear.bias': (V,),
-              'output_layer.adaLN_modulation.weight': (2 * D, COND), 'output_layer.adaLN_modulation.bias': (2 * D,)}
+    shapes = {'vocab_embed.embedding': (V, D), 'rotary_emb.inv_freq': (D // HEADS // 2,),
+              'sigma_map.mlp.0.weight': (COND, 256), 'sigma_map.mlp.0.bias': (COND,),
+              'sigma_map.mlp.2.weight': (COND, COND), 'sigma_map.mlp.2.bias': (COND,),
+              'output_layer.norm_final.weight': (D,),
+              'output_layer.linear.weight': (V, D), 'output_layer.linear.bias': (V,),
+              'output_layer.adaLN_modulation.weight': (2 * D, COND),
+              'output_layer.adaLN_modulation.bias': (2 * D,)}
     for n in range(LAYERS):
         shapes.update({f'blocks.{n}.{name}': shape for name, shape in {
-            'norm1.weight': (D,), 'norm2.weight': (D,), 'attn_qkv.weight': (3 * D, D), 'attn_out.weight': (D, D),
-            'mlp.0.weight': (4 * D, D), 'mlp.0.bias': (4 * D,), 'mlp.2.weight': (D, 4 * D), 'mlp.2.bias': (D,),
+            'norm1.weight': (D,), 'norm2.weight': (D,),
+            'attn_qkv.weight': (3 * D, D), 'attn_out.weight': (D, D),
+            'mlp.0.weight': (4 * D, D), 'mlp.0.bias': (4 * D,),
+            'mlp.2.weight': (D, 4 * D), 'mlp.2.bias': (D,),
             'adaLN_modulation.weight': (6 * D, COND), 'adaLN_modulation.bias': (6 * D,)}.items()})
     return shapes
 
 
 def official_weights():
     g = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=g) * 0.3 + ('norm' in name) for name, shape in official_shapes().items()}
+    return {name: torch.randn(shape, generator=g) * 0.3 + ('norm' in name)
+            for name, shape in official_shapes().items()}
 
 
 def official_log_probs(w, x):
@@ -59,19 +65,22 @@ def official_log_probs(w, x):
 
     h = w['vocab_embed.embedding'][x]
     for n in range(LAYERS):
-        def p(name):
+        def p(name, n=n):
             return w[f'blocks.{n}.{name}']
-        shift1, scale1, gate1, shift2, scale2, gate2 = (p('adaLN_modulation.weight') @ c + p('adaLN_modulation.bias')).split(D)
+        adaLN = p('adaLN_modulation.weight') @ c + p('adaLN_modulation.bias')
+        shift1, scale1, gate1, shift2, scale2, gate2 = adaLN.split(D)
         qkv = (norm(h, f'blocks.{n}.norm1.weight') * (1 + scale1) + shift1) @ p('attn_qkv.weight').T
         heads = []
         for i in range(HEADS):  # the 3 D features are (three, head, head_dim)
             q, k, v = (qkv[..., j * D + i * head_dim:j * D + (i + 1) * head_dim] for j in range(3))
             heads.append((rotary(q) @ rotary(k).mT / head_dim**0.5).softmax(-1) @ v)
         h = h + gate1 * (torch.cat(heads, dim=-1) @ p('attn_out.weight').T)
-        y = (norm(h, f'blocks.{n}.norm2.weight') * (1 + scale2) + shift2) @ p('mlp.0.weight').T + p('mlp.0.bias')
+        y = norm(h, f'blocks.{n}.norm2.weight') * (1 + scale2) + shift2
+        y = y @ p('mlp.0.weight').T + p('mlp.0.bias')
         y = 0.5 * y * (1 + torch.tanh((2 / math.pi) ** 0.5 * (y + 0.044715 * y**3)))
         h = h + gate2 * (y @ p('mlp.2.weight').T + p('mlp.2.bias'))
-    shift, scale = (w['output_layer.adaLN_modulation.weight'] @ c + w['output_layer.adaLN_modulation.bias']).split(D)
+    adaLN = w['output_layer.adaLN_modulation.weight'] @ c + w['output_layer.adaLN_modulation.bias']
+    shift, scale = adaLN.split(D)
     h = norm(h, 'output_layer.norm_final.weight') * (1 + scale) + shift
     logits = h @ w['output_layer.linear.weight'].T + w['output_layer.linear.bias']
     logits[..., V - 1] = -math.inf
@@ -91,16 +100,17 @@ def write(folder, weights=None, prefix='backbone.', file='model.safetensors', **
 
 @pytest.mark.parametrize('file, prefix', [('model.safetensors', 'backbone.'), ('pytorch_model.bin', '')])
 def test_same_function(tmp_path, file, prefix):
-    method, config = load_hub(write(tmp_path, file=file, prefix=prefix), 'cpu')
+    method, config = open_published(write(tmp_path, file=file, prefix=prefix), 'cpu')
     x = torch.randint(V, (4, L), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = method.denoise(x, torch.ones_like(x, dtype=torch.bool)).view(4, L, V - 1).log_softmax(-1)
+        logits = method.denoise(x, torch.ones_like(x, dtype=torch.bool)).view(4, L, V - 1)
     theirs = official_log_probs(official_weights(), x)
     assert theirs.std() > 0.5
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits.log_softmax(-1), theirs, atol=1e-4, rtol=1e-4)
     assert not method.training and method.mask_id == V - 1
-    assert config == dict(method='mdlm', dataset='openwebtext', tokenizer={'kind': 'gpt2'}, wrap=True, vocab_size=V - 1, block_size=L, hidden=D, num_layers=LAYERS,
-                          num_heads=HEADS, cond_dim=COND, dropout=0.1)
+    assert config == dict(method='mdlm', dataset='openwebtext', tokenizer={'kind': 'gpt2'}, wrap=True,
+                          vocab_size=V - 1, block_size=L, hidden=D, num_layers=LAYERS, num_heads=HEADS,
+                          cond_dim=COND, dropout=0.1, step=None)
     assert method.sample(2, steps=3).max() < V - 1
 
 
@@ -108,25 +118,42 @@ def test_every_official_weight_matters(tmp_path):
     """A weight that the mapping ignored would go unnoticed if it did not change the official function."""
     x = torch.randint(V, (2, L), generator=torch.Generator().manual_seed(1))
     everywhere = torch.ones_like(x, dtype=torch.bool)
-    before = load_hub(write(tmp_path), 'cpu')[0].denoise(x, everywhere)
+    before = open_published(write(tmp_path), 'cpu')[0].denoise(x, everywhere)
     for name, w in official_weights().items():
         if name == 'rotary_emb.inv_freq':
             continue
-        changed = load_hub(write(tmp_path, official_weights() | {name: w * 1.5}), 'cpu')[0]
+        changed = open_published(write(tmp_path, official_weights() | {name: w * 1.5}), 'cpu')[0]
         assert not torch.equal(changed.denoise(x, everywhere), before), name
 
 
-def test_what_is_not_an_mdlm_is_refused(tmp_path):
-    weights = official_weights()
+def test_what_is_not_an_mdlm_is_refused(tmp_path, monkeypatch):
+    """With one line, to whoever opens it and by training."""
+    for module in (prepare, tokens):
+        monkeypatch.setattr(module, 'DATA', str(tmp_path / 'data'))
+    prepare.write('ten', {'train': lambda: iter([('abcdefghij' * 40, True)])}, 'char', tail=0.5)
+    folder, weights = tmp_path / 'hub', official_weights()
+    folder.mkdir()
     lacking = {k: v for k, v in weights.items() if k != 'blocks.1.norm2.weight'}
-    for what, message in [(dict(weights=lacking), 'blocks.1.norm2.weight'), (dict(weights=weights | {'y_embed.weight': torch.ones(1)}), 'y_embed.weight'),
-                          (dict(time_conditioning=True), 'time_conditioning True'), (dict(model_type='udlm'), 'udlm'), (dict(hidden_dim=48), 'size mismatch')]:
-        with pytest.raises(UserError, match='not an MDLM') as e:
-            load_hub(write(tmp_path, **what), 'cpu')
-        assert message in str(e.value) or message == 'size mismatch'
+    for what, *words in [
+            (dict(weights=lacking), 'not an MDLM', 'blocks.1.norm2.weight'),
+            (dict(weights=weights | {'y_embed.weight': torch.ones(1)}), 'not an MDLM', 'y_embed.weight'),
+            (dict(time_conditioning=True), 'not an MDLM', 'time_conditioning True'),
+            (dict(model_type='udlm'), 'not an MDLM', 'udlm'),
+            (dict(hidden_dim=48), 'do not fit its config.json'),
+            (dict(cond_dim=12), 'do not fit its config.json'),
+            (dict(hidden_dim='x'), 'hidden wants an integer'),
+            (dict(hidden_dim=-24), 'hidden must be at least 1')]:
+        write(folder, **what)
+        for open_it in (lambda: open_published(str(folder), 'cpu'), lambda: train.main([
+                f'--init_from={folder}', '--dataset=ten', f'--out_dir={tmp_path}/out', '--device=cpu'])):
+            with pytest.raises(UserError) as e:
+                open_it()
+            assert '\n' not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
+    with pytest.raises(UserError, match='published weights are for mdlm, not for ar'):
+        hub.load_published(str(folder), 'ar')
+    os.remove(folder / 'model.safetensors')
     with pytest.raises(UserError, match='holds config.json'):
-        os.remove(tmp_path / 'model.safetensors')
-        load_hub(str(tmp_path), 'cpu')
+        open_published(str(folder), 'cpu')
 
 
 def test_offline_is_one_line(monkeypatch, tmp_path):
@@ -136,28 +163,34 @@ def test_offline_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(hub, 'cache_only_if_offline', lambda: None)
     for name in ('kuleshov-group/mdlm-owt', 'no such/name at all'):
-        with pytest.raises(UserError, match='cannot fetch .* needs a network, or a folder with config.json and model.safetensors') as e:
-            load_hub(name, 'cpu')
+        with pytest.raises(UserError, match='cannot fetch .* needs a network, or a folder with '
+                                            'config.json and model.safetensors') as e:
+            open_published(name, 'cpu')
         assert '\n' not in str(e.value)
 
 
 def test_training_goes_on_from_published_weights(tmp_path, monkeypatch, capsys):
-    """Their weights and shape at step 0 (a rate of 0 shows them), our checkpoint afterwards; another vocabulary is refused."""
-    for module in (common, tokens):
+    """Their weights and shape at step 0 (a rate of 0 shows them), our checkpoint afterwards.
+
+    Another vocabulary is refused.
+    """
+    for module in (prepare, tokens):
         monkeypatch.setattr(module, 'DATA', str(tmp_path))
     for name, text in ('ten', 'abcdefghij'), ('two', 'ab'):
-        common.write(name, {'train': lambda: iter([(text * 40, True)])}, 'char', tail=0.5)
+        prepare.write(name, {'train': lambda text=text: iter([(text * 40, True)])}, 'char', tail=0.5)
     folder = write(tmp_path)
 
     def go(dataset, iters):
-        train.main([f'--init_from={folder}', f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--device=cpu', '--batch_size=2', '--eval_seqs=2',
-                    f'--max_iters={iters}', '--learning_rate=0'])
+        train.main([f'--init_from={folder}', f'--dataset={dataset}', f'--out_dir={tmp_path}/out',
+                    '--device=cpu', '--batch_size=2', '--eval_seqs=2', f'--max_iters={iters}',
+                    '--learning_rate=0'])
     with pytest.raises(UserError, match='has 10 tokens and two has 2'):
         go('two', 1)
     go('ten', 1)
-    ours, checkpoint = load_method(f'{tmp_path}/out', 'cpu')
-    assert all(torch.equal(w, ours.state_dict()[name]) for name, w in load_hub(folder, 'cpu')[0].state_dict().items())
-    assert checkpoint['config']['hidden'] == D and checkpoint['config']['block_size'] == L
+    ours, config = open_run(f'{tmp_path}/out', 'cpu')
+    theirs = open_published(folder, 'cpu')[0].state_dict()
+    assert all(torch.equal(w, ours.state_dict()[name]) for name, w in theirs.items())
+    assert config['hidden'] == D and config['block_size'] == L
     (tmp_path / 'config.json').unlink()  # they are not needed any more
     go('ten', 2)
     assert 'is at step 1 of 2' in capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_times_take_one_from_every_stratum(total):
 
 
 def test_times_that_are_not_shuffled_are_evenly_spaced_in_every_share():
-    """The times of a process or a micro-batch, whichever its share, are the strata of a batch of that size."""
+    """A process or a micro-batch, whichever its share, has the times of a batch of that size."""
     for parts in (1, 2, 8):
         for step in range(20):
             for part in range(parts):
@@ -95,14 +95,15 @@ def test_times_that_are_not_shuffled_are_evenly_spaced_in_every_share():
 
 @pytest.mark.parametrize('shuffled', [True, False])
 def test_time_of_a_row_is_uniform(shuffled):
-    t = torch.stack([batch(step=step, total=16).times('t_x', shuffled) for step in range(2000)])  # (steps, rows)
+    steps = [batch(step=step, total=16) for step in range(2000)]
+    t = torch.stack([noise.times('t_x', shuffled) for noise in steps])  # (steps, rows)
     for row in (0, 7, 15):
         assert chi_square(torch.histc(t[:, row], 20, 0, 1), torch.ones(20)) < 4.5
 
 
 @pytest.mark.parametrize('shuffled', [True, False])
 def test_times_of_two_channels_are_independent(shuffled):
-    """One of them may do without shuffling. If both did, their difference would be constant over the batch."""
+    """One may do without shuffling. If both did, their difference would be one constant over the batch."""
     steps = [batch(step=step, total=16) for step in range(2000)]
     x = torch.stack([noise.times('t_x', shuffled) for noise in steps])
     z = torch.stack([noise.times('t_z') for noise in steps])

@@ -173,7 +173,7 @@ def test_killed_in_an_evaluation(monkeypatch):
 def test_scratch_and_going_further(capsys):
     first = go('a', '--max_iters=5')
     assert go('a', '--max_iters=5') == first
-    assert 'at step 5 of 5; a larger --max_iters goes on' in capsys.readouterr().out
+    assert 'at step 5 of 5; a larger --max_iters continues it' in capsys.readouterr().out
     more = go('a', '--max_iters=8', '--learning_rate=1e-4', '--beta2=0.95', '--batch_size=4')
     assert more[:5] == first and len(more) == 8 and log('a')[-1]['step'] == 8
     assert checkpoint.load('a/ckpt.pt')['tokens'] == (5 * 8 + 3 * 4) * 16
@@ -441,7 +441,7 @@ for name, args in {TOY_METHODS!r}.items():
         a, b = weights(name + '1'), weights(name + '2')
         assert a.keys() == b.keys()
         assert not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
-        assert name != 'di_ladd' or (a['channel.quantizer.counts'] != 2).any()  # 2: what they begin with
+        assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
 
 
 def test_one_graph_holds_what_processes_tell_each_other():
@@ -513,18 +513,20 @@ def half_written():  # when it was last written to, or None
     except FileNotFoundError:
         return None
 
-# what torch imports at its first step, the children need not
-train.main({TINY_RUN + ['--out_dir=warm', '--max_iters=1']!r})
+for steps in (1, 2):  # what torch imports at its first step, the children need not
+    before = time.perf_counter()
+    train.main([*{TINY_RUN!r}, '--out_dir=warm', f'--max_iters={{steps}}'])
+unit = time.perf_counter() - before  # what a start and a step take, however busy the machine is
 for i in range(50):
     left = half_written()  # by an earlier kill
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         train.main({args!r})
-    time.sleep(random.uniform(0.02, 0.15))
+    time.sleep(random.uniform(0.5, 4) * unit)
     deadline = time.monotonic() + 5
     while i % 2 and half_written() in (None, left) and time.monotonic() < deadline:
-        pass
+        os.sched_yield()
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL  # it had not failed before
     inside += half_written() not in (None, left)
