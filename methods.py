@@ -10,7 +10,7 @@ import os
 from baselines.ar import AR
 from ladd import LADD
 from ldlm import LDLM
-from lib.checkpoint import averaged_weights, fingerprint, is_run, load
+from lib.checkpoint import averaged_weights, fill, fingerprint, is_run, load
 from lib.configurator import UserError
 from lib.encoders import HubEncoder, RunEncoder, check_tokenizer
 from lib.hub import load_published
@@ -37,11 +37,8 @@ def open_run(out_dir, device):
     """-> (the method in eval mode on device, with its averaged weights; its flat config, with `step`)."""
     checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
     method = build(checkpoint['config'])
-    try:
-        method.load_state_dict(averaged_weights(checkpoint))
-    except RuntimeError as e:
-        raise UserError(f'{out_dir}/ckpt.pt does not fit today\'s {method.name}; '
-                        'train it anew with --init_from=scratch') from e
+    fill(method, averaged_weights(checkpoint), f'{out_dir}/ckpt.pt does not fit {method.name} as it is today; '
+                                               'train again with --init_from=scratch')
     return method.to(device).eval(), {**checkpoint['config'], 'step': checkpoint['step']}
 
 
@@ -49,10 +46,7 @@ def open_published(name, device):
     """A hub id or folder of published MDLM weights -> (method in eval mode on device, its flat config)."""
     config, state = load_published(name)
     method = build(config)
-    try:
-        method.load_state_dict(state)
-    except RuntimeError as e:
-        raise UserError(f'the weights of {name} do not fit its config.json') from e
+    fill(method, state, f'the weights of {name} do not fit its config.json')
     return method.to(device).eval(), {**config, 'step': None}
 
 

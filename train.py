@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lib.checkpoint import begin_with, check_fits, is_run, load, save
+from lib.checkpoint import begin_with, check_fits, fill, is_run, load, save
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.device import compile_in_place, pick_device
 from lib.distributed import average_gradients, connect, largest, rank_and_world, summed
@@ -119,7 +119,7 @@ class Trainer:
         with self.autocast:
             news = method.begin_step(step, noise, draw_rows)
         if news and self.rank == 0:
-            tqdm.write(f'step {step:,}: {news}', file=sys.stderr)
+            tqdm.write(f'step {step:,}: {news}')
 
         # --- gradient ---------------------------------------------------------------------------------------
         loss, logs = 0.0, {}
@@ -262,7 +262,7 @@ def load_weights(method, config, checkpoint, published):
         if config['vocab_size'] != published[0]['vocab_size']:
             raise UserError(f'{init_from} has {published[0]["vocab_size"]:,} tokens and {config["dataset"]} '
                             f'has {config["vocab_size"]:,}; prepare the data with its tokenizer')
-        method.load_state_dict(published[1])
+        fill(method, published[1], f'the weights of {init_from} do not fit its config.json')
     elif '/' in init_from:
         news = begin_with(method, config, init_from)
         if rank_and_world()[0] == 0:

@@ -88,6 +88,14 @@ def averaged_weights(checkpoint):
     return {**checkpoint['model'], **checkpoint['ema']}
 
 
+def fill(method, weights, complaint):
+    """Gives a method all its weights. UserError with the complaint if they do not fit."""
+    try:
+        method.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(complaint) from e
+
+
 def fingerprint(module):
     """8 hex digits that identify a module's weights: another run, or more training, gives others."""
     crc = 0

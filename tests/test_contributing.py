@@ -9,7 +9,7 @@ import torch
 from helpers import chi_square, generator, log, scrambled
 
 import bench
-import eval
+import eval as evaluation
 import sample
 import train
 from methods import METHODS
@@ -48,6 +48,6 @@ def test_the_scripts_work_with_it(halves, capsys):
     assert len([r for r in log('out/halves') if 'loss' in r]) == 3
     run = ['--out_dir=out/halves', '--num_samples=8', '--device=cpu']
     sample.main(run)
-    eval.main([*run, '--metrics=val_ppl,swd', '--val_seqs=8'])
+    evaluation.main([*run, '--metrics=val_ppl,swd', '--val_seqs=8'])
     assert '"val_ppl_is": "exact"' in capsys.readouterr().out
     bench.main(['--method=halves', '--variant=eager', '--iters=1', '--num_samples=1', *tiny])

@@ -1,135 +1,114 @@
+"""sample.py: generate, prompts, the command line, and the denoising drawn live."""
 import io
 import json
 import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from lib import checkpoint
-from lib import hub
 import sample
-from lib.configurator import UserError, run
+from helpers import CHARS, TINY, TINY_METHODS, L, fails, make
+from lib.configurator import UserError
 from lib.tokens import Char
 from sample import generate, read_prompt
 
-L, CHARS = 12, '\n abcdefg'
-TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8, dataset='toy', wrap=False,
-            tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
-METHODS = {'mdlm': {}, 'ar': {}, 'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
-           'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4, codebook_size=5),
-           'ldlm': dict(token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1, decoder_layers=1, adaptive_bins=4)}
-
-
-def make(name, folder=None, **changes):
-    """A tiny method with random weights, and its checkpoint if it is given a folder."""
-    config = {**TINY, 'method': name, **METHODS[name], **changes}
-    torch.manual_seed(0)
-    method = checkpoint.build(config).eval()
-    for p in method.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-        checkpoint.save(os.path.join(folder, 'ckpt.pt'), {'format': 1, 'config': config, 'model': method.state_dict(), 'ema': {}, 'step': 7})
-    return method
-
 
 @pytest.fixture(autouse=True)
-def there(monkeypatch, tmp_path):
+def sandbox(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def fails(script, monkeypatch, capsys, *argv):
-    """The one line that a mistake ends with; exit code 2, nothing on stdout, no file made or changed."""
-    def state():
-        return {os.path.join(d, f): os.stat(os.path.join(d, f)).st_mtime_ns for d, _, fs in os.walk('.') for f in fs}
-    before = state()
-    monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *argv])
-    with pytest.raises(SystemExit) as e:
-        run(script.main)
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1 and state() == before
-    return err
+def tokenizer(wrap=False):
+    tok = Char(CHARS, True)
+    tok.wrap = wrap
+    return tok
 
 
-# --- generate ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# generate
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', TINY_METHODS)
 def test_compiled_networks_sample_the_same(name, monkeypatch):
     make(name, 'out/m')
     compile, networks = torch.nn.Module.compile, []
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: networks.append(self) or compile(self, backend='eager'))
-    (method, config), (compiled, _) = (sample.open_model(SimpleNamespace(out_dir='out/m', init_from='', compile=c), torch.device('cpu')) for c in (False, True))
-    assert networks and set(networks) == set(checkpoint.backbones(compiled))
+    monkeypatch.setattr(torch.nn.Module, 'compile',
+                        lambda self: networks.append(self) or compile(self, backend='eager'))
+    (method, _), (compiled, _) = (
+        sample.open_model(SimpleNamespace(out_dir='out/m', init_from='', compile=c), torch.device('cpu'))
+        for c in (False, True))
+    assert networks and set(networks) == set(compiled.backbones())
     assert torch.equal(generate(method, 3, 3, 2, 0), generate(compiled, 3, 3, 2, 0))
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', TINY_METHODS)
 def test_samples_are_a_function_of_the_seed(name):
     method = make(name)
     x = generate(method, 10, 4, batch_size=4, seed=1)
     torch.manual_seed(9)  # the global generator has no part in it
     assert x.shape == (10, L) and x.dtype == torch.int64 and 0 <= x.min() and x.max() < TINY['vocab_size']
     assert torch.equal(x, generate(method, 10, 4, batch_size=4, seed=1))
-    assert torch.equal(x[:8], generate(method, 8, 4, batch_size=4, seed=1))  # more samples do not change the ones before
+    # more samples do not change the ones before
+    assert torch.equal(x[:8], generate(method, 8, 4, batch_size=4, seed=1))
     assert not torch.equal(x, generate(method, 10, 4, batch_size=4, seed=2))
     assert not torch.equal(x[:4], x[4:8])
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# prompts
 
-VARIANTS = [('mdlm', {}), ('mdlm', {'sampler': 'first_hitting'}), ('mdlm', {'sampler': 'remdm', 'eta': 1.0}), ('co', {}), ('co', {'strategy': 'seq'}),
-            ('di', {'strategy': 'joint', 'sampler': 'remdm'}), ('di', {'strategy': 'seq', 'sampler': 'first_hitting'})]
+VARIANTS = [('mdlm', {}), ('mdlm', {'sampler': 'first_hitting'}), ('mdlm', {'sampler': 'remdm', 'eta': 1.0}),
+            ('co', {}), ('co', {'strategy': 'seq'}), ('di', {'strategy': 'joint', 'sampler': 'remdm'}),
+            ('di', {'strategy': 'seq', 'sampler': 'first_hitting'})]
 
 
 @pytest.mark.parametrize('name, options', VARIANTS)
 def test_infilling_keeps_what_is_given(name, options):
-    method, tok = make(name), Char(CHARS, True)
-    tok.wrap = False
+    method, tok = make(name), tokenizer()
     prompt = read_prompt('ab[MASK:3]cd[MASK]e', tok, L, method)
     m = method.mask_id
-    assert prompt.tolist() == tok.encode('ab') + [m] * 3 + tok.encode('cd') + [m] + tok.encode('e') + [m] * 3
+    expected = [*tok.encode('ab'), m, m, m, *tok.encode('cd'), m, *tok.encode('e'), m, m, m]
+    assert prompt.tolist() == expected
     x = generate(method, 6, 5, 4, 0, prompt, **options)
     given = prompt != m
     assert (x[:, given] == prompt[given]).all() and (x != m).all() and len(x.unique(dim=0)) > 1
 
 
-def test_ar_goes_on_from_a_prefix():
-    method, tok = make('ar'), Char(CHARS, True)
-    tok.wrap = False
+def test_ar_continues_a_prefix():
+    method, tok = make('ar'), tokenizer()
     x = generate(method, 5, 1, 4, 0, read_prompt('abc[MASK:2]', tok, L, method))
-    assert x.shape == (5, L) and (x[:, :3] == torch.tensor(tok.encode('abc'))).all() and len(x.unique(dim=0)) > 1
+    assert x.shape == (5, L) and len(x.unique(dim=0)) > 1
+    assert (x[:, :3] == torch.tensor(tok.encode('abc'))).all()
     with pytest.raises(ValueError, match='gap'):
         generate(method, 1, 1, 1, 0, read_prompt('a[MASK:2]b', tok, L, method))
 
 
 def test_prompt_follows_bos_where_texts_are_wrapped():
-    method, tok = make('mdlm'), Char(CHARS, True)
-    tok.wrap = True
+    method, tok = make('mdlm'), tokenizer(wrap=True)
     assert read_prompt('ab', tok, 4, method).tolist() == [tok.bos_id, *tok.encode('ab'), method.mask_id]
 
 
-@pytest.mark.parametrize('start, match', [('a' * L, 'nothing left to write'), ('a' * 13, 'more than the 12'), ('a[MASK:12]', 'more than the 12'),
-                                          ('[MASK:99999999999999]', 'more than the 12'), ('aXb', "'X' is not among")])
+@pytest.mark.parametrize('start, match', [
+    ('a' * L, 'nothing is left to write'), ('a' * 13, 'more than the 12'), ('a[MASK:12]', 'more than the 12'),
+    ('[MASK:99999999999999]', 'more than the 12'), ('aXb', "'X' is not one of")])
 def test_bad_prompts(start, match):
-    tok = Char(CHARS, True)
-    tok.wrap = False
     with pytest.raises(UserError, match=match):
-        read_prompt(start, tok, L, make('mdlm'))
+        read_prompt(start, tokenizer(), L, make('mdlm'))
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the command line
 
 def test_save_round_trip(capsys):
     make('mdlm', 'out/m')
     for name in ('x.npy', 'x.jsonl'):
-        sample.main(['--out_dir=out/m', '--num_samples=5', '--batch_size=2', '--steps=3', '--seed=4', '--device=cpu', f'--save={name}'])
+        sample.main(['--out_dir=out/m', '--num_samples=5', '--batch_size=2', '--steps=3', '--seed=4',
+                     '--device=cpu', f'--save={name}'])
         printed = capsys.readouterr().out
     x, lines = np.load('x.npy'), [json.loads(line) for line in open('x.jsonl', encoding='utf-8')]
     assert x.shape == (5, L) and x.dtype.kind == 'i' and x.tolist() == [line['ids'] for line in lines]
-    assert all(Char(CHARS, True).decode(line['ids']) == line['text'] and line['text'] in printed for line in lines)
+    assert all(Char(CHARS, True).decode(line['ids']) == line['text'] in printed for line in lines)
     assert sorted(os.listdir('.')) == ['out', 'x.jsonl', 'x.npy'] and printed.count('--- sample ') == 5
     assert printed.endswith('\n--- wrote 5 texts to x.jsonl\n')
 
@@ -141,16 +120,25 @@ def test_sawtooth_prints_a_picture(capsys):
     assert len(text) == L and set(text) <= set('▁█') and text.startswith('▁█▁')
 
 
-def test_tokenizer_comes_from_the_data_if_the_checkpoint_has_none(tmp_path, capsys):
+def test_tokenizer_comes_from_the_data_if_the_checkpoint_has_none(tmp_path):
     os.makedirs('set')
-    meta = dict(dtype='uint16', vocab_size=10, tokenizer=TINY['tokenizer'], eos_id=9, bos_id=9, wrap=True, val=dict(tokens=5))
-    json.dump(meta, open('set/meta.json', 'w'))
-    assert (tok := sample.open_tokenizer({'dataset': str(tmp_path / 'set')})).chars == CHARS and tok.wrap
+    meta = dict(dtype='uint16', vocab_size=10, tokenizer=TINY['tokenizer'], eos_id=9, bos_id=9, wrap=True,
+                val=dict(tokens=5))
+    with open('set/meta.json', 'w') as f:
+        json.dump(meta, f)
+    tok = sample.open_tokenizer({'dataset': str(tmp_path / 'set')})
+    assert tok.chars == CHARS and tok.wrap
+
+
+def test_a_tokenizer_with_too_few_ids_is_refused(monkeypatch, capsys):
+    """A text cannot hold every id: the mistake is found before sampling, not when one of them turns up."""
+    make('mdlm', 'out/m', tokenizer={'kind': 'char', 'chars': CHARS[:-1], 'eos': True})
+    assert 'has 9 ids' in fails(sample, monkeypatch, capsys, '--out_dir=out/m', '--device=cpu')
 
 
 def test_published_weights(monkeypatch, capsys):
     config = {**TINY, 'method': 'mdlm'}
-    monkeypatch.setattr(hub, 'load_hub', lambda hub_id, device: (make('mdlm'), config))
+    monkeypatch.setattr(sample, 'open_published', lambda name, device: (make('mdlm'), config))
     sample.main(['--init_from=who/what', '--num_samples=2', '--steps=2', '--device=cpu'])
     assert capsys.readouterr().out.count('--- sample') == 2
 
@@ -160,48 +148,54 @@ def test_published_weights(monkeypatch, capsys):
     ([], 'name one model'),
     (['--out_dir=out/m', '--init_from=a/b'], 'name one model'),
     *(([arg], 'a run is named by its folder, --out_dir=out/m\n') for arg in
-      ('out/m', 'config/m.py', 'out/m/ckpt.pt', '--out_dir=config/m.py', '--out_dir=out/m/ckpt.pt', '--init_from=out/m')),
+      ('out/m', 'config/m.py', 'out/m/ckpt.pt', '--out_dir=config/m.py', '--out_dir=out/m/ckpt.pt',
+       '--init_from=out/m')),
     (['--out_dir=out/m', '--step=3'], 'did you mean steps'),
     (['--out_dir=out/m', '--steps=0'], 'steps must be at least 1'),
     (['--out_dir=out/m', '--steps=many'], 'steps wants an integer'),
     (['--out_dir=out/m', '--num_samples=0'], 'at least 1'),
     (['--out_dir=out/m', '--strategy=seq'], "no strategy 'seq'; it has: joint"),
     (['--out_dir=out/m', '--sampler=magic'], "no sampler 'magic'; it has: ancestral, first_hitting, remdm"),
-    (['--out_dir=out/m', '--latent_steps=4'], 'latent_steps works with --strategy=seq'),
-    (['--out_dir=out/m', '--eta=.5'], 'eta works with --sampler=remdm'),
+    (['--out_dir=out/m', '--latent_steps=4'], 'no option latent_steps'),
+    (['--out_dir=out/d', '--latent_steps=4'], 'no option latent_steps with strategy=joint'),
+    (['--out_dir=out/d', '--strategy=seq', '--latent_steps=0'], 'latent_steps must be at least 1'),
+    (['--out_dir=out/m', '--eta=.5'], 'no option eta with strategy=joint, sampler=ancestral'),
+    (['--out_dir=out/m', '--sampler=remdm', '--eta=2'], 'eta must be at most 1'),
     (['--out_dir=out/m', '--top_p=0'], 'top_p'),
     (['--out_dir=out/m', '--temperature=-1'], 'temperature'),
-    (['--out_dir=out/d', '--sampler=first_hitting'], '--strategy=seq'),
+    (['--out_dir=out/d', '--sampler=first_hitting'], 'strategy=seq'),
     (['--out_dir=out/m', '--dtype=float8'], 'dtype'),
     (['--out_dir=out/m', '--device=abacus'], 'device'),
     (['--out_dir=out/m', '--start='], '--start is empty'),
-    (['--out_dir=out/m', '--start=Zebra'], "'Z' is not among"),
+    (['--out_dir=out/m', '--start=Zebra'], "'Z' is not one of"),
     (['--out_dir=out/m', '--start=' + 'a' * 50], 'more than the 12'),
     (['--out_dir=out/a', '--start=a[MASK:2]b', '--save=x.npy'], 'fills no gap'),
     (['--out_dir=out/a', '--sampler=remdm'], 'AR has no sampler'),
     (['--out_dir=out/l', '--start=abc'], 'LDLM takes no prompt'),
-    (['--out_dir=out/l', '--top_p=.9'], 'not with LDLM'),
+    (['--out_dir=out/l', '--top_p=.9'], 'LDLM has no option top_p'),
     (['--out_dir=out/e'], 'train one: --stage=diffusion'),
     (['--out_dir=out/m', '--save=x.txt'], 'ends with .npy'),
-    (['--out_dir=out/m', '--save=nowhere/x.npy'], 'cannot write nowhere/x.npy'),
+    (['--out_dir=out/m', '--save=out/m/ckpt.pt/x.npy'], 'cannot write out/m/ckpt.pt/x.npy'),
 ])
 def test_mistakes(argv, match, monkeypatch, capsys):
     for name in ('mdlm', 'ar', 'di', 'ldlm'):
         make(name, 'out/' + name[0])
     make('ldlm', 'out/e', stage='autoencoder')
-    assert match in fails(sample, monkeypatch, capsys, *argv, *([] if '--device=abacus' in argv else ['--device=cpu']))
+    cpu = [] if '--device=abacus' in argv else ['--device=cpu']
+    assert match in fails(sample, monkeypatch, capsys, *argv, *cpu)
 
 
 def test_an_unwritable_path_is_found_before_sampling(monkeypatch):
     make('mdlm', 'out/m')
     monkeypatch.setattr(sample, 'generate', lambda *args, **kwargs: pytest.fail('sampled'))
     with pytest.raises(UserError, match='cannot write'):
-        sample.main(['--out_dir=out/m', '--device=cpu', '--save=no/where.npy'])
+        sample.main(['--out_dir=out/m', '--device=cpu', '--save=out/m/ckpt.pt/x.npy'])
 
 
 def test_an_interruption_leaves_the_old_file(monkeypatch):
     make('mdlm', 'out/m')
-    open('x.npy', 'w').write('old')
+    with open('x.npy', 'w') as f:
+        f.write('old')
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -211,7 +205,8 @@ def test_an_interruption_leaves_the_old_file(monkeypatch):
     assert open('x.npy').read() == 'old' and not os.path.exists('x.npy.tmp')
 
 
-# --- --show -----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# --show
 
 class Screen(io.StringIO):
     def isatty(self):
@@ -234,7 +229,8 @@ def test_show_prints_some_frames_elsewhere():
     callback = sample.show(tok.decode, 10, out)
     for i in range(7):
         callback(i, torch.tensor([[2] * i + [10] * (7 - i)]))
-    assert out.getvalue() == '--- step 1\n' + '░' * 7 + '\n--- step 2\na' + '░' * 6 + '\n--- step 4\naaa' + '░' * 4 + '\n'
+    frames = {1: '░' * 7, 2: 'a' + '░' * 6, 4: 'aaa' + '░' * 4}
+    assert out.getvalue() == ''.join(f'--- step {i}\n{text}\n' for i, text in frames.items())
 
 
 def test_show_cuts_at_the_edge_of_the_screen():
@@ -251,6 +247,7 @@ def test_show_where_nothing_is_masked(capsys):
 
 def test_show_from_the_command_line(capsys):
     make('ar', 'out/a')
-    sample.main(['--out_dir=out/a', '--num_samples=3', '--batch_size=2', '--show', '--start=abc', '--device=cpu'])
+    sample.main(['--out_dir=out/a', '--num_samples=3', '--batch_size=2', '--show', '--start=abc',
+                 '--device=cpu'])
     out = capsys.readouterr().out
     assert out.count('--- step 4\n') == 2 and '░' in out  # of each batch
