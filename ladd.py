@@ -161,11 +161,11 @@ class Vectors:
     name, likelihood, schedules = 'Co-LADD', 'token channel', ('vp_linear', 'vp_cosine', 'vp_sqrt')
 
     def __init__(self, config):
-        self.config, self.parts = config, {}
+        self.config, self.outputs = config, config.latent_dim
 
-    @staticmethod
-    def outputs(config):
-        return config.latent_dim
+    def parts(self):
+        """What LADD has to train and store for it: {name: module or weight}."""
+        return {}
 
     def normalised(self, e):
         """The encoder's output (b, M, D) -> of one length each, LADD eq. (75), unless unit_norm is off."""
@@ -206,11 +206,10 @@ class Vectors:
     def step(self, z_t, prediction, t, s, generator=None):
         return ddim_step(z_t, prediction, t, s, self.config.latent_schedule)
 
-    def begin_step(self, step, stage, encoded_rows, noise):
-        pass
+    def begin_step(self, *args):
+        """Nothing here moves without gradients."""
 
-    def end_step(self, finite, noise):
-        pass
+    end_step = begin_step
 
 
 class Codes:
@@ -219,15 +218,14 @@ class Codes:
     name, likelihood, schedules = 'Di-LADD', 'bound', ('linear', 'polynomial')
 
     def __init__(self, config):
-        c = self.config = config
-        self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
-        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # of a code's length
-        self.parts = {'quantizer': self.quantizer, 'z_mask': self.z_mask}
+        self.config, self.outputs = config, config.codebook_size
         self.quantising = True  # begin_step sets it while training
 
-    @staticmethod
-    def outputs(config):
-        return config.codebook_size
+    def parts(self):
+        c = self.config
+        self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
+        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # of a code's length
+        return {'quantizer': self.quantizer, 'z_mask': self.z_mask}
 
     def normalised(self, e):
         return F.normalize(e, dim=-1)
@@ -303,48 +301,27 @@ class LADD(mdlm.MDLM):
     def __init__(self, config):
         c = config
         super().__init__(c, c.num_latents)
-        Channel = {'continuous': Vectors, 'discrete': Codes}[c.latent]
-        refuse(c, Channel)
+        self.channel = {'continuous': Vectors, 'discrete': Codes}[c.latent](c)
+        refuse(c, self.channel)
         self.stage = 2  # begin_step sets it while training
         self.encoder = FrozenEncoder(c) if c.encoder else Encoder(c)
         self.z_in = nn.Linear(c.latent_dim, c.hidden)
-        self.z_head = nn.Linear(c.hidden, Channel.outputs(c))
-        self.channel = Channel(c)
-        for name, part in self.channel.parts.items():  # LADD trains and stores them
+        self.z_head = nn.Linear(c.hidden, self.channel.outputs)
+        for name, part in self.channel.parts().items():
             setattr(self, name, part)
         if c.latent_layers:
             self.latent_in = nn.Linear(c.latent_dim, c.hidden)
             # for M = 1 attention is a linear map, and this DiT is the paper's "small MLP" with AdaLN
             self.latent_dit = DiT(c.hidden, c.latent_layers, c.num_heads, c.cond_dim, c.num_latents,
                                   dropout=c.dropout)
-            self.latent_head = nn.Linear(c.hidden, Channel.outputs(c))
-
-    # --- what the scripts ask ---
-
-    @property
-    def name(self):
-        return self.channel.name
-
-    @property
-    def likelihood(self):
-        return self.channel.likelihood
-
-    @property
-    def encoder_name(self):
-        return self.config.encoder
-
-    @property
-    def stored_latents(self):
-        c = self.config
-        return {'num_latents': c.num_latents, 'latent_dim': c.latent_dim} if c.stored_latents else {}
-
-    @property
-    def untrained_part(self):
-        c = self.config
-        if c.stage1_iters or c.encoder and c.latent == 'continuous':
-            return ''
-        return 'stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, or bring them ' \
-               'along, --init_from=out/OTHER'
+            self.latent_head = nn.Linear(c.hidden, self.channel.outputs)
+        # what the scripts ask
+        self.name, self.likelihood, self.encoder_name = self.channel.name, self.channel.likelihood, c.encoder
+        if c.stored_latents:
+            self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
+        if not c.stage1_iters and not (c.encoder and c.latent == 'continuous'):
+            self.untrained_part = 'stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, ' \
+                                  'or bring them along, --init_from=out/OTHER'
 
     def attach(self, encoder):
         self.encoder.attach(encoder)
@@ -531,17 +508,17 @@ class LADD(mdlm.MDLM):
         return super().sampling_flops(L, steps, **options) + latent_steps * once
 
 
-def refuse(c, Channel):
+def refuse(c, channel):
     """ValueError for values that do not go together."""
     if c.schedule not in Codes.schedules:
         raise ValueError(f'schedule is one of {", ".join(Codes.schedules)} for LADD, not {c.schedule!r}')
-    if c.latent_schedule not in Channel.schedules:
-        raise ValueError(f'latent_schedule is one of {", ".join(Channel.schedules)} for {Channel.name}, '
+    if c.latent_schedule not in channel.schedules:
+        raise ValueError(f'latent_schedule is one of {", ".join(channel.schedules)} for {channel.name}, '
                          f'not {c.latent_schedule!r}')
     if c.encoder and c.num_latents > c.block_size:
         raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, too few for '
                          f'num_latents={c.num_latents}')
-    if c.encoder and c.stage1_iters and Channel is Vectors:
+    if c.encoder and c.stage1_iters and c.latent == 'continuous':
         raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants '
                          'stage1_iters=0')
     if c.stored_latents and c.encoder_dropout:

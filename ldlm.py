@@ -274,7 +274,7 @@ class Config(Keys):
 
 
 class LDLM(Method):
-    Config = Config
+    name, Config = 'LDLM', Config
     samplers = {'euler_maruyama': {}, 'euler_maruyama_mean': {}, 'ddim': {}}
     has_latent_space = True
 
@@ -286,6 +286,8 @@ class LDLM(Method):
         heads = D // head_dim
         if c.token_encoder == 'scratch':
             self.embed = nn.Embedding(c.vocab_size, D)
+        else:
+            self.encoder_name = c.token_encoder
         self.register_buffer('state_mean', torch.zeros(D))
         self.register_buffer('state_std', torch.zeros(D))  # 0: not gathered yet
 
@@ -313,10 +315,6 @@ class LDLM(Method):
             nn.init.zeros_(layer.bias)
 
     # --- the frozen token encoder ---
-
-    @property
-    def encoder_name(self):
-        return '' if self.config.token_encoder == 'scratch' else self.config.token_encoder
 
     def attach(self, encoder):
         """The token encoder becomes no part of this module, and is in no checkpoint."""

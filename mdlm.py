@@ -165,7 +165,7 @@ class Config(Keys):
 
 
 class MDLM(Method):
-    Config, likelihood = Config, 'bound'
+    name, Config, likelihood = 'MDLM', Config, 'bound'
     samplers, takes_prompt = SAMPLERS, True
 
     def __init__(self, config, num_latents=0):

@@ -37,7 +37,7 @@ def open_run(out_dir, device):
     """-> (the method in eval mode on device, with its averaged weights; its flat config, with `step`)."""
     checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
     method = build(checkpoint['config'])
-    fill(method, averaged_weights(checkpoint), f'{out_dir}/ckpt.pt does not fit {method.name} as it is today; '
+    fill(method, averaged_weights(checkpoint), f'{out_dir}/ckpt.pt does not fit today\'s {method.name}; '
                                                'train again with --init_from=scratch')
     return method.to(device).eval(), {**checkpoint['config'], 'step': checkpoint['step']}
 

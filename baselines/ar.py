@@ -30,7 +30,7 @@ class Config(Keys):
 
 
 class AR(Method):
-    Config, likelihood = Config, 'exact'
+    name, Config, likelihood = 'AR', Config, 'exact'
     samplers, takes_prompt = {'ancestral': DRAW}, True
 
     def __init__(self, config):

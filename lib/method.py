@@ -21,6 +21,7 @@ from lib.noise import Noise
 
 
 class Method(nn.Module):
+    name = ''                     # for people
     likelihood = None             # what nll is: 'exact' | 'bound' | 'token channel' (not a bound) | None
     strategies = {'joint': {}}    # name -> the options that it adds to `sample`, {name: key(default, rule)}
     samplers = {'ancestral': {}}  # likewise
@@ -31,10 +32,6 @@ class Method(nn.Module):
     wants_summary = False         # whether it needs the encoder's summary of a text, too
     stored_latents = {}           # num_latents and latent_dim, if it trains on what data/encode.py stored
     untrained_part = ''           # why it cannot train from scratch, if another run has to train a part first
-
-    @property
-    def name(self):
-        return type(self).__name__
 
     def attach(self, encoder):
         """Takes the frozen encoder, without making it a part of the module. ValueError if it does not fit."""

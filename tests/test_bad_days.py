@@ -1,8 +1,8 @@
-"""What goes wrong on other people's machines: full disks, read-only folders, files that shrink or are damaged,
-and whatever anyone may type.
+"""What goes wrong on other people's machines: full disks, read-only folders, damaged files, and whatever
+anyone may type.
 
-Each ends with its one line (a UserError) and loses nothing. The kills are in test_train.py, single mistakes in
-the test of each script.
+Each ends with its one line (a UserError) and loses nothing. The kills are in test_train.py, single mistakes
+in the test of each script.
 """
 import ast
 import contextlib
@@ -17,9 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-
-import sample
-import train
 from helpers import (
     CHARS,
     TOY_METHODS,
@@ -34,6 +31,9 @@ from helpers import (
     same,
     weights,
 )
+
+import sample
+import train
 from lib import checkpoint, prepare
 from lib.configurator import Keys, UserError, configure, defaults_of, method_keys
 from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer
@@ -352,12 +352,13 @@ class Bomb:
         return os.mkdir, ('bomb',)
 
 
-@pytest.mark.parametrize('change', [{}, {'hidden_dim': 'x'}, {'hidden_dim': -16}, {'n_heads': None}, [], 'half'])
+@pytest.mark.parametrize('change', [{}, {'hidden_dim': 'x'}, {'hidden_dim': -16}, {'n_heads': None}, [],
+                                    'half'])
 @pytest.mark.parametrize('content', ['half', 'text', 'list', 'numbers', 'pickle', 'safetensors'])
 def test_damaged_published_weights(change, content):
     """A download that was cut short, or something else under that name."""
-    config = dict(time_conditioning=False, vocab_size=10, model_length=8, hidden_dim=16, n_blocks=1, n_heads=2,
-                  cond_dim=8, dropout=0.0)
+    config = dict(time_conditioning=False, vocab_size=10, model_length=8, hidden_dim=16, n_blocks=1,
+                  n_heads=2, cond_dim=8, dropout=0.0)
     text = json.dumps(config | change if isinstance(change, dict) else change)
     os.mkdir('hub')
     with open('hub/config.json', 'w') as f:
@@ -403,7 +404,8 @@ def test_no_reader_of_ours_runs_code():
     for path in sources:
         assert not list(unsafe(open(path, encoding='utf-8').read())), path
     for line in ('import pickle', 'from joblib import load', 'eval(x)', 'torch.load(f)', 'exec(f.read())',
-                 'np.load(f, allow_pickle=True)', 'f(x, trust_remote_code=True)', 'torch.load(f, weights_only=no)'):
+                 'np.load(f, allow_pickle=True)', 'f(x, trust_remote_code=True)',
+                 'torch.load(f, weights_only=no)'):
         assert list(unsafe(line)) == [1], line
 
 
@@ -423,10 +425,10 @@ def test_a_tokenizer_cannot_run_code(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # whatever anyone may type
 
-BITS = ['(', ')', '[', ']', '{', '}', "'", '"', '*', '**', '+', '-', '/', '//', '%', '0', '1', '9', '60', '.5',
-        '1e4', '1e300', 'e', '_', 'j', 'x', '0x', 'True', 'None', 'nan', 'inf', ' ', '\t', '\n', '\\', '#', '=',
-        ',', ':', ';', '@', 'é', '\u202e', '\ud800', '\0', 'lambda:', '9**60*', '9**9**9', '__import__("os")',
-        'f"{1}"', 'not ', '~', '...']
+BITS = ['(', ')', '[', ']', '{', '}', "'", '"', '*', '**', '+', '-', '/', '//', '%', '0', '1', '9', '60',
+        '.5', '1e4', '1e300', 'e', '_', 'j', 'x', '0x', 'True', 'None', 'nan', 'inf', ' ', '\t', '\n', '\\',
+        '#', '=', ',', ':', ';', '@', 'é', '\u202e', '\ud800', '\0', 'lambda:', '9**60*', '9**9**9',
+        '__import__("os")', 'f"{1}"', 'not ', '~', '...']
 
 
 @dataclass
@@ -452,8 +454,9 @@ def test_arguments_of_any_text():
         argv = [rng.choice([f'--{key}={garble(rng)}', f'--{key}', garble(rng), f'{key}={garble(rng)}'])]
         if i % 3 == 0:
             with open('config.py', 'w', encoding='utf-8', errors='replace') as f:
-                f.writelines(rng.choice([f'{key} = {garble(rng)}\n', f'{garble(rng)}\n',
-                                         f'{key} = 32 # {garble(rng)}\n']) for _ in range(rng.randrange(1, 3)))
+                for _ in range(rng.randrange(1, 3)):
+                    f.write(rng.choice([f'{key} = {garble(rng)}\n', f'{garble(rng)}\n',
+                                        f'{key} = 32 # {garble(rng)}\n']))
             argv.insert(rng.randrange(2), 'config.py')
         refused += complaint(configure, Anything, argv, METHODS) is not None
     assert 1500 < refused < 3000
@@ -482,8 +485,8 @@ def test_any_key_of_any_method():
         name = rng.choice(list(EVERY_PART))
         keys = {**defaults_of(train.Config), **method_keys(METHODS['ladd' if name in ('co', 'di') else name])}
         chosen = rng.choices([k for k in keys if k not in others], k=rng.randrange(1, 4))
-        values = [(k, rng.choice([v for v in odd if v not in ('1e9', '1e18') or k not in big])) for k in chosen]
-        flags = [f'--{k}={v}' for k, v in values]
+        small = [v for v in odd if v not in ('1e9', '1e18')]
+        flags = [f'--{k}={rng.choice(small if k in big else odd)}' for k in chosen]
         args = [*EVERY_PART[name], '--max_iters=2', '--eval_seqs=4', '--init_from=scratch', *flags]
         refused += complaint(go, 'a', *args) is not None
     assert 200 < refused < 395

@@ -1,14 +1,14 @@
-"""Every file of config/: it parses, it builds, the paper's sizes are the paper's, and those for text train."""
+"""Every file of config/: it parses, it builds, its sizes are the paper's, and those for text train."""
 import glob
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import log
 
 import ladd
 import train
-from helpers import log
 from lib import prepare, tokens
 from lib.checkpoint import save
 from lib.configurator import configure
@@ -64,7 +64,8 @@ def test_the_settings_of_the_paper(name):
     assert round(parameters(method.dit.blocks) / 1e6) == 184
     assert f'{parameters(method.dit) / 1e6:.1f}' == '184.8'
     assert method.embed.weight.shape == (151670, 1024) and method.head.weight.shape == (151669, 1024)
-    assert f'{method.flops(c.block_size) / 1e9:.2f}' == {128: '21.37', 512: '90.73'}[c.block_size]  # LADD table 12
+    # LADD table 12
+    assert f'{method.flops(c.block_size) / 1e9:.2f}' == {128: '21.37', 512: '90.73'}[c.block_size]
 
 
 LM1B_DI_128 = ['--num_latents=128', '--codebook_size=511', '--latent_dim=32']
@@ -154,8 +155,8 @@ def test_it_trains(name, changes, tmp_path, monkeypatch):
     sizes = ['--block_size=16', '--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8']
     if '--encoder=AR' in changes:
         data = tokens.Tokens('tiny', 'train', 16)
-        ar = dict(method='ar', vocab_size=data.vocab_size, block_size=16, hidden=16, num_layers=1, num_heads=2,
-                  cond_dim=8, tokenizer=data.tokenizer)
+        ar = dict(method='ar', vocab_size=data.vocab_size, block_size=16, hidden=16, num_layers=1,
+                  num_heads=2, cond_dim=8, tokenizer=data.tokenizer)
         save(f'{tmp_path}/ar/ckpt.pt', dict(config=ar, model=build(ar).state_dict(), ema={}, step=1))
         changes = [a.replace('=AR', f'={tmp_path}/ar') for a in changes]
     train.main([config_file(name), '--dataset=tiny', f'--out_dir={tmp_path}/out', '--device=cpu',
@@ -181,7 +182,8 @@ def qwen3(tmp_path_factory):
     words = {f'w{i}': i for i in range(151668)} | {'<|endoftext|>': 151668}
     tok = Tokenizer(models.WordLevel(words, unk_token='w0'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='w0', eos_token='<|endoftext|>')
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='w0',
+                                                eos_token='<|endoftext|>')
     fast.save_pretrained(folder / 'qwen3')
     text = ' '.join(f'w{i * i % 151668}' for i in range(3000))
     with pytest.MonkeyPatch.context() as patch:
@@ -206,6 +208,6 @@ def test_it_runs_at_true_size(name, qwen3, monkeypatch):
     assert all(0 < r.get('loss', r.get('val_loss')) < 100 for r in records)
     method, config = open_run(out, 'cpu')
     assert f'{parameters(method.dit) / 1e6:.1f}' == '184.7'
-    for strategy, options in (('joint', {}), ('seq', {'latent_steps': 2})) if 'di' in name else (('joint', {}),):
-        x = method.sample(1, 2, strategy, **options)
+    for options in ({}, {'strategy': 'seq', 'latent_steps': 2}) if 'di' in name else ({},):
+        x = method.sample(1, 2, **options)
         assert x.shape == (1, config['block_size']) and x.max() < 151669

@@ -513,6 +513,9 @@ def without_effect(Class, keys):
             except ValueError as e:
                 print(f'{name}={value} is refused: {e}')
                 assert name in str(e), f'{name}={value} is refused without a reason: {e}'
+                if str(e).startswith(f'{name}={value} has no effect') and name not in ELSEWHERE:
+                    shows = where_it_shows(built(Class, Config.stored(changed)), base[False])
+                    assert shows in ('', *['shapes'] * (name == 'adaptive_bins')), f'{e}, but: {shows}'
                 continue
             try:  # that other keys lose their effect beside it does not count
                 method = built(Class, Config.stored(changed))

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import CHARS, TINY, TINY_METHODS, L, fails, make
 
 import sample
-from helpers import CHARS, TINY, TINY_METHODS, L, fails, make
 from lib.configurator import UserError
 from lib.tokens import Char
 from sample import generate, read_prompt
@@ -241,7 +241,8 @@ def test_show_cuts_at_the_edge_of_the_screen():
 
 def test_show_where_nothing_is_masked(capsys):
     make('ldlm', 'out/l')
-    sample.main(['--out_dir=out/l', '--num_samples=1', '--steps=4', '--show', '--sampler=ddim', '--device=cpu'])
+    sample.main(['--out_dir=out/l', '--num_samples=1', '--steps=4', '--show', '--sampler=ddim',
+                 '--device=cpu'])
     assert capsys.readouterr().out.count('--- step ') == 3
 
 

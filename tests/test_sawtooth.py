@@ -1,33 +1,33 @@
-"""sawtooth.py against direct formulas, quadrature and enumeration; and the samplers of mdlm.py and ladd.py with the exact denoiser.
+"""sawtooth.py against direct formulas, quadrature and enumeration; and the samplers of mdlm.py and ladd.py
+with the exact denoiser.
 
-Statistical bounds are 4.5 standard errors; of SWD, 4 of the standard deviations of one draw that are quoted beside each value
-(200 independent draws of N = 20,480 with 1000 directions). Seeds are fixed.
+Statistical bounds are 4.5 standard errors; those of SWD are 4 of the standard deviations of one draw that are
+quoted beside each value (200 independent draws of N = 20,480 with 1000 directions). Seeds are fixed.
 """
 import functools
 import json
 import os
 import re
 from math import log
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import generator, whole
 
 import sawtooth
 import train
-from lib.configurator import UserError
 from ladd import code_step, joint
+from lib.configurator import UserError
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
-from sawtooth import Exact, Sawtooth, bayes_gap, bias, swd
-from test_mdlm import generator, whole
+from sawtooth import Exact, Sawtooth, bias, gap_to_exact, swd
 
 N = 20480
 MASK = 2
 
 
 def data(n, name='train', seed=0, step=0):
-    return Sawtooth(name).batch(seed, step, torch.arange(n))
+    return Sawtooth(name).batch(seed, step, torch.arange(n))[0]
 
 
 def all_masked(n=N):
@@ -49,7 +49,8 @@ def fine_grid():
     return numpy_bias((np.arange(20000) + 0.5) / 20000)
 
 
-# --- the data ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the data
 
 def test_bias_is_its_formula():
     w = np.random.default_rng(0).random(500)
@@ -58,7 +59,8 @@ def test_bias_is_its_formula():
 
 
 def test_tokens_are_flips_of_a_shifted_wave():
-    """Marginals are fair; positions apart by half a period disagree, by a whole one agree, as E[p_l p_m] over the shift says."""
+    """Marginals are fair; positions half a period apart disagree, a whole period apart they agree, as
+    E[p_l p_m] over the shift says."""
     x, p = data(N).double(), fine_grid()
     assert set(x.unique().tolist()) == {0, 1}
     assert ((x.mean(0) - 0.5).abs() < 4.5 * 0.5 / N**0.5).all()
@@ -69,16 +71,18 @@ def test_tokens_are_flips_of_a_shifted_wave():
 
 
 def test_data_does_not_depend_on_how_rows_are_split():
-    """Nor do its splits, seeds and steps share texts."""
+    """And its splits, seeds and steps share no texts."""
     x = data(64, seed=1, step=2)
     for rank in range(4):
-        assert torch.equal(Sawtooth().batch(1, 2, torch.arange(rank, 64, 4)), x[rank::4])
+        assert torch.equal(Sawtooth().batch(1, 2, torch.arange(rank, 64, 4))[0], x[rank::4])
     others = [data(64, seed=1, step=3), data(64, seed=2, step=2), data(64, 'val', seed=1, step=2)]
     assert all((x != other).float().mean() > 0.4 for other in others)
-    assert torch.equal(Sawtooth('val').rows(torch.tensor([5, 3])), Sawtooth('val').rows(torch.arange(6))[[5, 3]])
+    val = Sawtooth('val')
+    assert torch.equal(val.rows(torch.tensor([5, 3]))[0], val.texts(6)[[5, 3]])
 
 
-# --- exact answers ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# exact answers
 
 def test_oracle_is_the_entropy_given_the_shift():
     p = fine_grid()
@@ -101,25 +105,26 @@ def test_entropy_of_the_data():
 
 
 @pytest.mark.parametrize('visible', [0, 1, 2, 5, 20])
-def test_exact_denoiser_is_bayes_rule(visible):
+def test_exact_denoiser_is_the_posterior(visible):
     """p(x_l = 1 | visible tokens) by summing over 20,000 shifts, for random sets of visible positions."""
     x_t, p = data(20), fine_grid()
     hidden = torch.rand(20, 128, generator=generator()).argsort(dim=1).argsort(dim=1) >= visible
     x_t[hidden] = MASK
-    truth = np.zeros((20, 128))
+    expected = np.zeros((20, 128))
     for i, row in enumerate(x_t.numpy()):
         weights = np.ones(len(p))
         for l in np.flatnonzero(row != MASK):
             weights *= p[:, l] if row[l] == 1 else 1 - p[:, l]
-        truth[i] = weights @ p / weights.sum()
+        expected[i] = weights @ p / weights.sum()
     logits = Exact().denoise(x_t, hidden)
     assert logits.shape == (int(hidden.sum()), 2)
     np.testing.assert_allclose(logits.exp().sum(dim=1).numpy(), 1, atol=1e-5)
-    np.testing.assert_allclose(logits.exp()[:, 1].numpy(), truth[hidden.numpy()], atol=2e-3)
+    np.testing.assert_allclose(logits.exp()[:, 1].numpy(), expected[hidden.numpy()], atol=2e-3)
 
 
 def test_exact_joint_denoiser():
-    """A known shift makes the tokens independent flips; an unknown one leaves the denoiser of above, and its posterior as code logits."""
+    """A known shift makes the tokens independent flips; an unknown one leaves the denoiser above, and its
+    posterior as code logits."""
     exact, x_t = Exact(64), data(10)
     x_t[:, 20:] = MASK
     where, z = x_t == MASK, torch.tensor([[3], [64]]).repeat(5, 1)
@@ -127,16 +132,19 @@ def test_exact_joint_denoiser():
     p1 = torch.zeros(10, 128)
     p1[where] = tokens.exp()[:, 1]
     torch.testing.assert_close(p1[0, 20:], exact.p[3, 20:])
-    torch.testing.assert_close(p1[1::2][where[1::2]], exact.denoise(x_t, where).exp()[:, 1].view(10, 108)[1::2].flatten())
+    unknown = exact.denoise(x_t, where).exp()[:, 1].view(10, 108)[1::2].flatten()
+    torch.testing.assert_close(p1[1::2][where[1::2]], unknown)
     visible = x_t[:, :20].double()
-    likelihood = torch.stack([(visible * p.log() + (1 - visible) * (1 - p).log()).sum(dim=1) for p in exact.p[:, :20].double()], dim=1)
-    torch.testing.assert_close(codes[:, 0].softmax(dim=1).double(), likelihood.softmax(dim=1), rtol=1e-3, atol=1e-6)
+    log_likelihood = torch.stack([(visible * p.log() + (1 - visible) * (1 - p).log()).sum(dim=1)
+                                  for p in exact.p[:, :20].double()], dim=1)
+    torch.testing.assert_close(codes[:, 0].softmax(dim=1).double(), log_likelihood.softmax(dim=1),
+                               rtol=1e-3, atol=1e-6)
 
 
 def test_elbo_of_the_exact_denoiser_is_the_entropy():
-    """MDLM's estimator, its network replaced by Bayes' rule: the bound is tight."""
+    """MDLM's estimator with the exact denoiser in place of its network: the bound is tight."""
     exact = Exact(128)
-    model = MDLM(Config(vocab_size=2, block_size=128, hidden=8, num_layers=1, num_heads=2, cond_dim=8))
+    model = MDLM(Config(2, 128, hidden=8, num_layers=1, num_heads=2, cond_dim=8))
     model.embed, model.dit = torch.nn.Identity(), torch.nn.Identity()
 
     def masked_nll(x_t, x, mask):
@@ -148,17 +156,20 @@ def test_elbo_of_the_exact_denoiser_is_the_entropy():
     nats, entropy = model.nll(x, whole(N)).double() / 128, exact.nll(x).double() / 128
     error = float((nats - entropy).std()) / N**0.5
     assert abs(float((nats - entropy).mean())) < 4 * error  # on the same texts
-    assert abs(float(nats.mean()) - 0.5303) < 4 * error + 4 * float(entropy.std()) / N**0.5 + 1e-4 and error < 0.002
+    assert error < 0.002
+    assert abs(float(nats.mean()) - 0.5303) < 4 * error + 4 * float(entropy.std()) / N**0.5 + 1e-4
 
 
-# --- SWD --------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# SWD
 
 def test_swd_of_the_reference_to_itself_is_zero():
     assert swd(data(500, 'reference 0', 0, 0), draws=1) == 0
 
 
 def test_swd_is_the_mean_transport_cost_over_directions():
-    """Against a loop: unit directions, sorted projections, mean absolute difference; invariant to the order of texts."""
+    """Against a loop: unit directions, sorted projections, mean absolute difference; the order of the texts
+    does not matter."""
     x, y = data(300, 'a'), data(300, 'reference 0')
     theta = torch.randn(50, 128, generator=torch.Generator().manual_seed(0)).double().numpy()
     costs = []
@@ -173,35 +184,46 @@ def test_swd_floor():
     assert abs(swd(data(N, 'fresh'), draws=1) - 0.0061) < 4 * 0.0004
 
 
-# --- perfect networks in our samplers ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# exact denoisers in our samplers
 
-@pytest.mark.parametrize('steps, mean, sd', [(1, 0.0496, 0.0011), (2, 0.0335, 0.0007), (4, 0.0189, 0.0004), (8, 0.0107, 0.0002)])
-def test_perfect_mdlm(steps, mean, sd):
+@pytest.mark.parametrize('steps, mean, sd', [(1, 0.0496, 0.0011), (2, 0.0335, 0.0007), (4, 0.0189, 0.0004),
+                                             (8, 0.0107, 0.0002)])
+def test_exact_mdlm(steps, mean, sd):
     x = ancestral(Exact(128).denoise, all_masked(), alpha(time_grid(steps)), MASK, generator=generator())
     assert abs(swd(x, draws=1) - mean) < 4 * sd
 
 
 @pytest.mark.parametrize('steps, mean, sd', [(1, 0.0496, 0.0010), (2, 0.0358, 0.0008), (4, 0.0201, 0.0005)])
-def test_perfect_joint_ladd(steps, mean, sd):
-    """The code is the shift itself. Not better than perfect MDLM: of two steps, the first flips half of the tokens blindly either way."""
+def test_exact_joint_ladd(steps, mean, sd):
+    """The code is the shift itself. It is no better than exact MDLM: of two steps, the first flips half of
+    the tokens blindly either way."""
+    g = generator()
     x = joint(Exact(128).joint_denoise, all_masked(), torch.full((N, 1), 128), steps, alpha(time_grid(steps)),
-              lambda z, logits, t, s: code_step(z, logits, t, s, generator=g), MASK, generator=(g := generator()))
+              lambda z, logits, t, s: code_step(z, logits, t, s, generator=g), MASK, generator=g)
     assert abs(swd(x, draws=1) - mean) < 4 * sd
 
 
-def test_perfect_sequential_ladd_needs_one_step():
+def test_exact_sequential_ladd_needs_one_step():
     z = torch.randint(512, (N, 1), generator=generator())
-    x = joint(Exact().joint_denoise, all_masked(), z, 1, alpha(time_grid(1)), lambda z, logits, t, s: z, MASK, generator=generator())
+    x = joint(Exact().joint_denoise, all_masked(), z, 1, alpha(time_grid(1)), lambda z, logits, t, s: z, MASK,
+              generator=generator())
     assert abs(swd(x, draws=1) - 0.0061) < 4 * 0.0004
 
 
 def test_first_hitting_equals_ancestral_in_law():
-    """With the exact denoiser it samples the data, in 128 calls: SWD at the floor, texts as probable as the data's; so does ancestral in many steps.
+    """With the exact denoiser it samples the data, in 128 calls: SWD at the floor, texts as probable as the
+    data's; so does ancestral in many steps.
 
-    The floor grows as N^-1/2: at N = 2,560 it is .0173 +- .0011. In 256 steps ancestral is still 1e-3 nats per token too improbable.
+    The floor grows as N^-1/2: at N = 2,560 it is .0173 +- .0011. After 256 steps, ancestral's texts are still
+    1e-3 nats per token less probable.
     """
     n, exact, calls = 2560, Exact(64), []
-    hitting = first_hitting(lambda x_t, where: calls.append(1) or exact.denoise(x_t, where), all_masked(n), MASK, generator=generator())
+
+    def denoise(x_t, where):
+        calls.append(1)
+        return exact.denoise(x_t, where)
+    hitting = first_hitting(denoise, all_masked(n), MASK, generator=generator())
     many = ancestral(exact.denoise, all_masked(n), alpha(time_grid(256)), MASK, generator=generator())
     assert len(calls) == 128
     for x, remaining in ((hitting, 0), (many, 1e-3)):
@@ -210,60 +232,97 @@ def test_first_hitting_equals_ancestral_in_law():
         assert abs(float(nll.mean()) - 0.5303) < 4.5 * float(nll.std()) / n**0.5 + remaining
 
 
-def test_the_gap_to_bayes():
-    """None for Bayes himself. A network that always says 1/2 misses log 2 - H, and has flat waves."""
-    head, exact = torch.nn.Linear(1, 1), Exact()
-    for r in bayes_gap(SimpleNamespace(head=head, denoise=exact.denoise), 128):
+class Network(torch.nn.Linear):
+    """Whatever denoises, as a module."""
+
+    def __init__(self, denoise):
+        super().__init__(1, 1)
+        self.denoise = denoise
+
+
+def test_the_gap_to_the_exact_denoiser():
+    """None for the exact one itself. A network that always says 1/2 misses log 2 - H, and has flat waves."""
+    for r in gap_to_exact(Network(Exact().denoise), 128):
         assert abs(r['kl']) < 1e-6 and r['network'] == pytest.approx(r['bayes'], rel=1e-5)
-    coin = bayes_gap(SimpleNamespace(head=head, denoise=lambda x_t, where: torch.zeros(int(where.sum()), 2)), 128)
+    coin = gap_to_exact(Network(lambda x_t, where: torch.zeros(int(where.sum()), 2)), 128)
     assert [r['visible'] for r in coin] == ['data', 'coins'] and all(r['network'] == 0 for r in coin)
     for r in coin:  # KL(p || 1/2) for a |p - 1/2| that varies is at least that of its mean (Jensen)
         d = r['bayes']
         assert log(2) > r['kl'] >= log(2) + (0.5 + d) * log(0.5 + d) + (0.5 - d) * log(0.5 - d) > 0.05
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the command line
 
 def table(capsys):
     """The SWD table that sawtooth.py has printed -> {curve: its cells}."""
-    return {line[2:26].strip(): line[26:].split() for line in capsys.readouterr().out.split('token steps')[1].splitlines()}
+    _, *lines = capsys.readouterr().out.split('token steps')[1].splitlines()
+    rows = [re.split(r' {2,}', line.strip()) for line in lines if line]
+    return {name: cells for name, *cells in rows}
+
+
+def swd_of(records, steps):
+    return [r['swd'] for r in records if r.get('steps') == steps]
+
+
+TINY = ['--dataset=sawtooth', '--hidden=8', '--num_layers=1', '--num_heads=1', '--cond_dim=4',
+        '--max_iters=3', '--batch_size=4', '--eval_seqs=4']
+FEW = ['--num_samples=256', '--steps=1,2']
 
 
 def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
-    """Two runs -> both tables, both pictures, results kept and not measured again; a .jsonl stands for a run that is gone."""
+    """Two runs -> both tables, both pictures, results kept and not measured again; a .jsonl stands for a run
+    that is gone."""
     monkeypatch.chdir(tmp_path)
-    tiny = ['--dataset=sawtooth', '--hidden=8', '--num_layers=1', '--num_heads=1', '--cond_dim=4', '--max_iters=3', '--batch_size=4', '--eval_seqs=4']
-    train.main(['--method=mdlm', '--out_dir=out/m', *tiny])
-    train.main(['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--codebook_size=7', '--encoder_layers=1',
-                '--stage1_iters=2', '--vq_start=1', '--out_dir=out/d', *tiny])
-    said = re.findall('training is done|token loss, nats per token', capsys.readouterr().out)  # train.py reports, too, and says so first
-    assert said == ['training is done', 'token loss, nats per token'] * 2
+    train.main(['--method=mdlm', '--out_dir=out/m', *TINY])
+    train.main(['--method=ladd', '--latent=discrete', '--latent_schedule=linear', '--codebook_size=7',
+                '--encoder_layers=1', '--stage1_iters=2', '--vq_start=1', '--out_dir=out/d', *TINY])
+    # train.py reports, too, and announces it first
+    announced = re.findall('training is done|token loss, nats per token', capsys.readouterr().out)
+    assert announced == ['training is done', 'token loss, nats per token'] * 2
     for _ in range(2):
-        sawtooth.main(['out/m', 'out/d', '--num_samples=256', '--steps=1,2', '--save=out/fig'])
+        sawtooth.main(['out/m', 'out/d', *FEW, '--save=out/fig'])
         out = capsys.readouterr().out
-        assert all(text in out for text in ('Di-LADD, clean latent', 'Di-LADD joint', 'exact joint ahead', 'data against data'))
-    assert len(open('out/m/sawtooth.jsonl').readlines()) == 5 and len(open('out/d/sawtooth.jsonl').readlines()) == 6
+        for name in ('Di-LADD, clean latent', 'Di-LADD joint', 'exact joint ahead', 'data against data'):
+            assert name in out
+    assert len(open('out/m/sawtooth.jsonl').readlines()) == 5
+    assert len(open('out/d/sawtooth.jsonl').readlines()) == 6
     assert os.path.exists('out/fig.png') and os.path.exists('out/fig_samples.png')
-    sawtooth.main(['out/m', 'out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1,2', '--save=out/fig'])
+    sawtooth.main(['out/m', 'out/m/sawtooth.jsonl', *FEW, '--save=out/fig'])
     assert table(capsys)['MDLM'][2:] == ['1']  # one run, named twice
-    train.main(['--method=mdlm', '--out_dir=out/m', '--init_from=scratch', '--seed=1', *tiny])  # other weights: what was kept is not theirs
+
+    # other weights: what was kept is not theirs
+    train.main(['--method=mdlm', '--out_dir=out/m', '--init_from=scratch', '--seed=1', *TINY])
     compiled = []
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(self))
-    sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig', '--compile'])
+    sawtooth.main(['out/m', 'out/d/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig',
+                   '--compile'])
     assert [type(network).__name__ for network in compiled] == ['DiT']
     assert 'Di-LADD seq' in capsys.readouterr().out
     kept = [json.loads(line) for line in open('out/m/sawtooth.jsonl')]
     assert len(kept) == 5 + 4
-    swds = [[r['swd'] for r in kept if r.get('steps') == T] for T in (1, 2)]
     sawtooth.main(['out/m/sawtooth.jsonl', '--num_samples=256', '--steps=1', '--save=out/new/fig'])
-    assert table(capsys)['MDLM'] == [f'{sum(swds[0]) / 2:.4f}', f'{swds[1][0]:.4f}', '2,', '1']  # means, and of how many runs
+    one, two = swd_of(kept, 1), swd_of(kept, 2)
+    # means, and of how many runs
+    assert table(capsys)['MDLM'] == [f'{sum(one) / 2:.4f}', f'{two[0]:.4f}', '2, 1']
+
     os.rename('out/m', 'out/deeper')  # a folder that differs in more than _seed1: another curve
+    old = next(r for r in kept if 'swd' in r) | {'out_dir': 'out/m_seed1', 'weights': 'others'}
     with open('out/old.jsonl', 'w') as f:
-        f.write(json.dumps(dict(next(r for r in kept if 'swd' in r), out_dir='out/m_seed1', weights='others')) + '\n')
+        f.write(json.dumps(old) + '\n')
     sawtooth.main(['out/deeper', 'out/old.jsonl', '--num_samples=256', '--steps=1', '--save=out/fig'])
     assert {'MDLM (out/deeper)', 'MDLM (out/m)'} <= set(table(capsys))
-    train.main(['--method=ar', '--out_dir=out/ar', *tiny])
-    assert 'nats per token (LADD' not in capsys.readouterr().out  # these tables are not the AR's
-    for bad in ([], ['out/none'], ['out/deeper', '--steps=one'], ['out/deeper', '--num_samples=0'], ['gone.jsonl'], ['out/ar']):
+
+
+def test_runs_without_such_tables(tmp_path, monkeypatch, capsys):
+    """These tables are not the AR's, and a mistake writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    train.main(['--method=ar', '--out_dir=out/ar', *TINY])
+    assert 'nats per token (LADD' not in capsys.readouterr().out
+    train.main(['--method=mdlm', '--out_dir=out/m', *TINY])
+    before = sorted(os.listdir('out/m'))
+    for bad in ([], ['out/none'], ['out/m', '--steps=one'], ['out/m', '--num_samples=0'], ['gone.jsonl'],
+                ['out/ar']):
         with pytest.raises(UserError):
             sawtooth.main(bad)
+    assert sorted(os.listdir('out/m')) == before and sorted(os.listdir('out')) == ['ar', 'm']

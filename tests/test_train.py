@@ -6,11 +6,6 @@ import sys
 
 import pytest
 import torch
-
-import ladd
-import lib.log
-import mdlm
-import train
 from helpers import (
     TINY_RUN,
     TOY_METHODS,
@@ -24,6 +19,11 @@ from helpers import (
     same,
     weights,
 )
+
+import ladd
+import lib.log
+import mdlm
+import train
 from lib import checkpoint
 from lib.configurator import UserError
 from lib.signals import heed_signals
@@ -55,7 +55,8 @@ def test_it_learns_and_reports(capsys, monkeypatch):
     val = [r for r in records if 'val_loss' in r]
     assert [r['step'] for r in val] == [50, 100, 150, 200] and val[-1]['val_loss'] < 1.3 < log4
     rates = [r['lr'] for r in records if 'lr' in r]
-    assert rates[0] == pytest.approx(1e-3) and max(rates) == 1e-2 and rates[-1] == pytest.approx(1e-3, rel=0.01)
+    assert rates[0] == pytest.approx(1e-3) and max(rates) == 1e-2
+    assert rates[-1] == pytest.approx(1e-3, rel=0.01)
     out = capsys.readouterr().out
     assert out.startswith('mdlm on sawtooth: 0.01M parameters')
     assert 'GFLOPs per denoiser call; 128 tokens per step' in out
@@ -71,8 +72,9 @@ def test_it_learns_and_reports(capsys, monkeypatch):
 
 def test_validation_does_not_depend_on_the_batch():
     torch.manual_seed(0)
-    config = dict(method='mdlm', vocab_size=4, block_size=16, hidden=16, num_layers=1, num_heads=2, cond_dim=8)
-    method, values = build(config), []
+    method = build(dict(method='mdlm', vocab_size=4, block_size=16, hidden=16, num_layers=1, num_heads=2,
+                        cond_dim=8))
+    values = []
     torch.nn.init.normal_(method.head.weight)
     for batch_size in (20, 7, 1):
         c = train.Config(batch_size=batch_size, dtype='float32')
@@ -233,8 +235,9 @@ def test_buffers_stay_in_a_spoilt_step(monkeypatch):
 # mistakes by the user: one line, nothing written
 
 @pytest.mark.parametrize('arg, words', [
-    ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'), ('--method=mdml', 'did you mean mdlm'),
-    ('config/none.py', 'cannot read'), ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'),
+    ('--hiden=8', 'did you mean hidden'), ('--hidden=x', 'an integer'),
+    ('--method=mdml', 'did you mean mdlm'), ('config/none.py', 'cannot read'),
+    ('--batch_size=0', 'at least 1'), ('--micro_batch=3', '1 would'),
     ('--num_heads=3', '3 heads'), ('--num_heads=0', 'at least 1'), ('--dtype=float16', 'bfloat16, float32'),
     ('--decay_lr=step', 'cosine'), ('--device=tpu', 'cpu'), ('--init_from=resume', 'python train.py'),
     ('--init_from=best', 'auto, scratch, resume, out/OTHER'),
@@ -373,7 +376,8 @@ def processes(world, args, prepare):
     for rank in range(world):
         children.append(os.fork())
         if not children[-1]:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+            os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
             prepare(rank)
             sys.argv[1:] = args
             code = 0
