@@ -12,6 +12,7 @@ Ctrl-C or SIGTERM saves before it stops. Read from the end: main, then what it u
 import math
 import os
 import sys
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from lib.distributed import average_gradients, connect, largest, rank_and_world,
 from lib.hub import load_published
 from lib.log import Log
 from lib.noise import Noise
-from lib.signals import heed_signals
+from lib.signals import heed_signals, unbreakable_output
 from lib.tokens import Tokens, WithLatents
 from methods import METHODS, attach_encoder, build
 from sawtooth import Sawtooth, report
@@ -172,17 +173,19 @@ class Trainer:
         """
         n, size = min(n, len(data)), len(self.rows) // self.accumulate
         nats = torch.zeros((), dtype=torch.float64)
-        for first in range(self.rank, n, self.world * size):
-            rows = torch.arange(first, min(first + self.world * size, n), self.world)
-            x, *z_0 = (part.to(self.device) for part in data.rows(rows))
-            nats += self.method.nll(x, Noise(EVAL_SEED, 0, rows.to(self.device), n), 1, *z_0).sum().item()
+        with self.averaged():
+            for first in range(self.rank, n, self.world * size):
+                rows = torch.arange(first, min(first + self.world * size, n), self.world)
+                x, *z_0 = (part.to(self.device) for part in data.rows(rows))
+                noise = Noise(EVAL_SEED, 0, rows.to(self.device), n)
+                nats += self.method.nll(x, noise, 1, *z_0).sum().item()
         return summed(nats).item() / (n * data.block_size)
 
-    def state(self):
+    def checkpoint(self, config, step, tokens):
         names = self.optimizer_names()
         states = {names[i]: state for i, state in self.optimizer.state_dict()['state'].items()}
-        ema = dict(zip(self.names, self.ema))
-        return {'model': self.method.state_dict(), 'ema': ema, 'optimizer': states}
+        return {'config': config, 'model': self.method.state_dict(), 'ema': dict(zip(self.names, self.ema)),
+                'optimizer': states, 'step': step, 'tokens': tokens}
 
     def load(self, checkpoint):
         numbers = {name: i for i, name in enumerate(self.optimizer_names())}
@@ -205,7 +208,10 @@ def open_data(name, split, block_size):
 
 
 def batches(data, c, rows, start, device):
-    """(step, batch) from step `start` on; a thread reads the next batch while this one is computed with."""
+    """(step, batch, draw_rows) from step `start` on; a thread reads the next batch during the step.
+
+    draw_rows(n) -> n rows of that step's data, for a method that asks for more than a batch.
+    """
     def fetch(step):
         batch = data.batch(c.seed, step, rows)
         return [part.pin_memory() for part in batch] if device.type == 'cuda' else batch
@@ -213,8 +219,10 @@ def batches(data, c, rows, start, device):
     with ThreadPoolExecutor(1) as reader:
         next_batch = reader.submit(fetch, start)
         for step in range(start, c.max_iters):
+            def draw_rows(n, step=step):
+                return [part.to(device) for part in data.batch(c.seed, step, torch.arange(n))]
             batch, next_batch = next_batch.result(), reader.submit(fetch, step + 1)
-            yield step, batch
+            yield step, batch, draw_rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -297,10 +305,7 @@ def prepare(argv):
         config['encoder_weights'] = attach_encoder(method, train_data, device)
     load_weights(method, config, checkpoint, published)
     if config['wandb']:
-        try:
-            import wandb  # noqa: F401
-        except ImportError as e:
-            raise UserError('wandb=True needs the package: pip install wandb') from e
+        config['wandb_id'] = (checkpoint or {'config': {}})['config'].get('wandb_id', uuid.uuid4().hex)
 
     trainer = Trainer(method, SimpleNamespace(**config), device)
     if checkpoint:
@@ -315,51 +320,62 @@ def prepare(argv):
 # ------------------------------------------------------------------------------------------------------------
 # the run
 
-def main(argv):
-    config, trainer, train_data, val_data, (start, tokens) = prepare(argv)
-    c, method, path = trainer.c, trainer.method, os.path.join(config['out_dir'], 'ckpt.pt')
+def meet(trainer, start, out_dir):
+    """Joins the processes, if there are several. UserError unless all begin at the same step."""
     if trainer.world > 1:
         connect(trainer.device)
         if largest(start) != -largest(-start):
-            raise UserError(f'processes begin at steps {-largest(-start)} to {largest(start)}: {c.out_dir} '
-                            'must be one folder that all nodes see')
-    log, done, stopped_by = Log(config, trainer, start, tokens), start, 0
+            raise UserError(f'processes begin at steps {-largest(-start)} to {largest(start)}: {out_dir} must '
+                            'be one folder that all nodes see')
 
-    with heed_signals() as received, closing(log.bar), \
-            closing(batches(train_data, c, trainer.rows, start, trainer.device)) as feed:
-        for step, batch in feed:
-            def draw_rows(n, step=step):
-                return [part.to(trainer.device) for part in train_data.batch(c.seed, step, torch.arange(n))]
 
+def due(c, done, stopped_by, likelihood):
+    """What follows after `done` steps -> log?, validate?, save?"""
+    last = done == c.max_iters
+    validate = likelihood and not stopped_by and (last or done % c.eval_interval == 0)
+    save = stopped_by or last or done % (c.checkpoint_interval or c.eval_interval) == 0
+    return validate or save or done % c.log_interval == 0, validate, save
+
+
+def loop(config, trainer, train_data, val_data, done, tokens):
+    """Trains until max_iters or a signal -> the number of steps done, and the signal or 0."""
+    c, stopped_by = trainer.c, 0
+    feed = batches(train_data, c, trainer.rows, done, trainer.device)
+    with heed_signals() as received, closing(Log(config, trainer, done, tokens)) as log, closing(feed):
+        for step, batch, draw_rows in feed:
             logs, numbers = trainer.step(step, batch, draw_rows)
             done, tokens = step + 1, tokens + c.batch_size * c.block_size
             log.bar.update()
             # all processes stop after the same step; a signal from here on waits for the next one
             stopped_by = largest(max(received, default=0))
-            last = stopped_by > 0 or done == c.max_iters
-            saving = last or done % (c.checkpoint_interval or c.eval_interval) == 0
-            evaluating = method.likelihood and not stopped_by and (last or done % c.eval_interval == 0)
-            if saving or evaluating or done % c.log_interval == 0:
+            to_log, to_validate, to_save = due(c, done, stopped_by, trainer.method.likelihood)
+            if to_log:
                 log.step(done, tokens, learning_rate(c, step), logs, numbers)
-            if evaluating:
-                with trainer.averaged():
-                    log.validation(done, trainer.evaluate(val_data, c.eval_seqs))
-            if saving and trainer.rank == 0:  # after this step's records: whoever resumes here misses none
-                save(path, {'config': config, **trainer.state(), 'step': done, 'tokens': tokens})
-            if saving or evaluating:
+            if to_validate:
+                log.validation(done, trainer.evaluate(val_data, c.eval_seqs))
+            if to_save and trainer.rank == 0:  # after this step's records: whoever resumes here misses none
+                save(os.path.join(c.out_dir, 'ckpt.pt'), trainer.checkpoint(config, done, tokens))
+            if to_validate or to_save:
                 log.restart_clock(tokens)
             if stopped_by:
                 break
+    return done, stopped_by
 
-    if trainer.world > 1:
-        dist.destroy_process_group()
-    if stopped_by:
-        if trainer.rank == 0:
-            print(f'stopped after step {done:,}; the same command continues')
-        sys.exit(128 + stopped_by)
-    if trainer.rank == 0 and c.dataset == 'sawtooth':
-        with trainer.averaged():
-            report(method)
+
+def main(argv):
+    config, trainer, train_data, val_data, (start, tokens) = prepare(argv)
+    with unbreakable_output():
+        meet(trainer, start, config['out_dir'])
+        done, stopped_by = loop(config, trainer, train_data, val_data, start, tokens)
+        if trainer.world > 1:
+            dist.destroy_process_group()
+        if stopped_by:
+            if trainer.rank == 0:
+                print(f'stopped after step {done:,}; the same command continues')
+            sys.exit(128 + stopped_by)
+        if trainer.rank == 0 and config['dataset'] == 'sawtooth':
+            with trainer.averaged():
+                report(trainer.method)
 
 
 if __name__ == '__main__':

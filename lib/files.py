@@ -8,6 +8,7 @@ import math
 import os
 
 from lib.configurator import UserError
+from lib.lock import lock
 
 
 @contextlib.contextmanager
@@ -16,14 +17,16 @@ def whole(*paths):
 
     If it raises, the temporary files are removed and the old files stay. Of several paths the last one
     marks a complete set: it is removed before the others are replaced and comes back last, so that it
-    never stands beside a mixture of old and new files. UserError if something cannot be written.
+    never stands beside a mixture of old and new files. UserError if something cannot be written, or
+    another process is writing it: both are found out now, not after the work.
     """
-    temps = [path + '.tmp' for path in paths]
+    temps, locks = [path + '.tmp' for path in paths], []
     folder = os.path.dirname(paths[-1]) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
-        for temp in temps:
-            open(temp, 'wb').close()  # if it cannot be written, fail now rather than after the work
+        for temp, path in zip(temps, paths):
+            locks.append(lock(temp, f'another process is writing {path}; wait for it, or stop it'))
+            locks[-1].truncate(0)  # what a killed process has left
         yield temps if len(temps) > 1 else temps[0]
         for temp in temps:
             with open(temp, 'rb+') as f:
@@ -36,18 +39,20 @@ def whole(*paths):
     except OSError as e:
         raise UserError(f'cannot write {paths[-1]} ({e.strerror or e})') from e
     finally:
-        for temp in temps:
-            with contextlib.suppress(OSError):  # it has been renamed, or was never written
+        for temp, file in zip(temps, locks):  # not those that another process holds
+            with contextlib.suppress(OSError):  # it has been renamed
                 os.remove(temp)
+            file.close()
 
 
 def sync_folder(folder):
-    """Makes sure that new names in a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Makes sure that new names in a folder survive a power cut, where the system can sync folders."""
+    with contextlib.suppress(OSError):  # Windows and some network folders cannot
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def json_line(record):

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from lib.checkpoint import cut_log
+from lib.checkpoint import cut_log, save
+from lib.configurator import UserError
 from lib.device import device_name
 from lib.distributed import summed
 from lib.files import append
+from lib.lock import claim
+from lib.tokens import first_line
 
 CAVEATS = {'token channel': ' (of the tokens given the latent of the text itself, no bound)'}
 
@@ -27,18 +30,27 @@ class Log:
     def __init__(self, config, trainer, start, tokens):
         self.c, self.trainer = SimpleNamespace(**config), trainer
         self.path, self.first = os.path.join(self.c.out_dir, 'log.jsonl'), trainer.rank == 0
+        self.release = claim(self.c.out_dir) if self.first else None
         if self.first:
+            self.wandb = self.join_wandb(config) if self.c.wandb else None
+            if self.c.init_from == 'scratch':  # from here on the folder is the new run's, whenever it may die
+                save(os.path.join(self.c.out_dir, 'ckpt.pt'), trainer.checkpoint(config, 0, 0))
             cut_log(self.path, start)
-            if self.c.init_from == 'scratch' and os.path.exists(os.path.join(self.c.out_dir, 'ckpt.pt')):
-                os.remove(os.path.join(self.c.out_dir, 'ckpt.pt'))
-            if self.c.wandb:
-                import wandb
-                self.wandb = wandb.init(project='nanoladd', name=os.path.basename(self.c.out_dir),
-                                        dir=self.c.out_dir, config=config)
             self.introduce(start)
         self.bar = tqdm(total=self.c.max_iters, initial=start, disable=not self.first, unit='step',
                         mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
         self.clock, self.tokens = time.time(), tokens
+
+    def join_wandb(self, config):
+        """Weights & Biases; after a resume the same run goes on."""
+        try:
+            import wandb
+            return wandb.init(project='nanoladd', name=os.path.basename(self.c.out_dir), dir=self.c.out_dir,
+                              id=config['wandb_id'], resume='allow', config=config)
+        except ImportError as e:
+            raise UserError('wandb=True needs the package: pip install wandb') from e
+        except Exception as e:  # it fails in as many ways as a network does
+            raise UserError(f'wandb=True fails ({first_line(e)}); is there a login? `wandb login`') from e
 
     def introduce(self, start):
         """Prints the sizes of the run, and where it continues."""
@@ -57,7 +69,7 @@ class Log:
         """numbers: {name: number}, with `step` among them."""
         if self.first:
             append(self.path, numbers)
-            if self.c.wandb:
+            if self.wandb:
                 self.wandb.log(numbers, step=numbers['step'])
 
     def step(self, done, tokens, lr, logs, numbers):
@@ -73,7 +85,7 @@ class Log:
             sys.exit(f'error: loss or gradient was not finite in 3 steps in a row, up to step {done}; '
                      f'{self.c.out_dir} keeps its last checkpoint; try a lower --learning_rate'
                      if self.first else 1)
-        speed = (tokens - self.tokens) / (time.time() - self.clock)
+        speed = (tokens - self.tokens) / max(time.time() - self.clock, 1e-9)  # a clock may be coarse
         self.record({'step': done, **logs, **numbers, 'lr': lr,
                      'tokens_per_s': round(speed), 'tokens': tokens})
         self.bar.set_postfix(loss=f'{numbers["loss"]:.4f}', tokens_per_s=f'{speed:,.0f}', refresh=False)
@@ -88,6 +100,11 @@ class Log:
             caveat = CAVEATS.get(self.trainer.method.likelihood, '')
             self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {nats:.4f} nats per token, '
                            f'perplexity {perplexity:.2f}{caveat}')
+
+    def close(self):
+        self.bar.close()
+        if self.first:
+            self.release()
 
     def restart_clock(self, tokens):
         """Starts to measure the speed anew, so that validation and saving do not count."""

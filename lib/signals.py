@@ -1,13 +1,15 @@
 """
-Signals that ask a program to stop.
+Ways in which the world interrupts a program: signals, and terminals or pipes that close.
 """
+import os
 import signal
+import sys
 from contextlib import contextmanager
 
 
 @contextmanager
 def heed_signals():
-    """A context with a list that receives SIGINT or SIGTERM, so that the program can finish its step first.
+    """A context with a list that receives SIGINT, SIGTERM or SIGHUP, so that the program can finish its step.
 
     A second signal does not wait: it raises KeyboardInterrupt.
     """
@@ -17,9 +19,52 @@ def heed_signals():
         if received:
             raise KeyboardInterrupt
         received.append(signum)
-    old_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    def heeded(s):  # nohup has SIGHUP ignored, and Windows has none
+        return s.name in ('SIGINT', 'SIGTERM') or s.name == 'SIGHUP' and signal.getsignal(s) != signal.SIG_IGN
+    old_handlers = {s: signal.signal(s, on_signal) for s in filter(heeded, signal.Signals)}
     try:
         yield received
     finally:
         for s, handler in old_handlers.items():
             signal.signal(s, handler)
+
+
+class Unbreakable:
+    """A text stream whose writes never fail: once one has, what is written is lost without a word."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, 'w')  # None: closed before we started
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            self.give_up()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.give_up()
+
+    def give_up(self):
+        """What is still in the stream's buffer, and all that follows, goes nowhere."""
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):  # it has no file
+            self.stream = open(os.devnull, 'w')
+
+
+@contextmanager
+def unbreakable_output():
+    """A context in which no terminal or pipe that closes, no full disk behind it, can end the work."""
+    old = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Unbreakable, old)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = old

@@ -43,8 +43,8 @@ def test_its_samples_have_its_likelihood(halves):
 
 def test_the_scripts_work_with_it(halves, capsys):
     tiny = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--batch_size=4', '--device=cpu']
-    train.main(['--method=halves', '--out_dir=out/halves', '--max_iters=3', '--log_interval=1', '--eval_seqs=8',
-                *tiny])
+    train.main(['--method=halves', '--out_dir=out/halves', '--max_iters=3', '--log_interval=1',
+                '--eval_seqs=8', *tiny])
     assert len([r for r in log('out/halves') if 'loss' in r]) == 3
     run = ['--out_dir=out/halves', '--num_samples=8', '--device=cpu']
     sample.main(run)
