@@ -325,8 +325,8 @@ def meet(trainer, start, out_dir):
     if trainer.world > 1:
         connect(trainer.device)
         if largest(start) != -largest(-start):
-            raise UserError(f'processes begin at steps {-largest(-start)} to {largest(start)}: {out_dir} must '
-                            'be one folder that all nodes see')
+            raise UserError(f'processes begin at steps {-largest(-start)} to {largest(start)}: {out_dir} '
+                            'must be one folder that all nodes see')
 
 
 def due(c, done, stopped_by, likelihood):
