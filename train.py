@@ -282,6 +282,7 @@ def load_weights(method, config, checkpoint, published):
 def prepare(argv):
     """-> config, trainer, training and validation data, and where the run stands: (steps, tokens)."""
     config = configure(Config, argv, METHODS)
+    config['dataset'] = os.path.normpath(config['dataset'])
     if config['init_from'] == 'scratch' and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
         config['init_from'] = 'auto'  # a worker died, and torchrun gives the same command again: continue
     check_batch(SimpleNamespace(**config), rank_and_world()[1])
@@ -293,7 +294,7 @@ def prepare(argv):
         raise UserError(f'{name} has sequences of {train_data.block_size} tokens, not block_size={L}')
     config.update(vocab_size=train_data.vocab_size, block_size=train_data.block_size)
     if train_data.tokenizer:  # the checkpoint can then read and write text without the data
-        config.update(tokenizer=train_data.tokenizer, wrap=train_data.wrap)
+        config.update(tokenizer=train_data.tokenizer, wrap=train_data.wrap, data_sha256=train_data.sha256)
 
     torch.manual_seed(config['seed'])  # every process begins with the same weights
     method = build(config)

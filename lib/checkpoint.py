@@ -115,7 +115,7 @@ def check_fits(checkpoint, config, method, out_dir):
     old, fields = checkpoint['config'], dataclasses.fields(method.Config)
     # these change what weights mean without changing their shapes
     meanings = ['method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'encoder_weights']
-    meanings += ['seed']  # data, times and masks depend on it
+    meanings += ['data_sha256', 'seed']  # times and masks depend on the seed, too
     if old['method'] == config['method']:
         unused = idle(method.Config, {**config, **old})  # runs of the first edition may hold such keys
         meanings += [f.name for f in fields if f.metadata.get('meaning') and f.name not in unused]

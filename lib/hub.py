@@ -51,7 +51,7 @@ def fetch(hub_id):
 
 def convert(state, num_layers):
     """Official names and shapes -> the state dict of our MDLM. KeyError where a weight is missing."""
-    theirs = {name.removeprefix('backbone.'): w.float() for name, w in state.items()
+    theirs = {name.removeprefix('backbone.'): w.to(torch.float32, copy=True) for name, w in state.items()
               if not name.endswith('rotary_emb.inv_freq')}
     ours = {'embed.weight': theirs.pop('vocab_embed.embedding')}
     for kind in 'weight', 'bias':

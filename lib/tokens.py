@@ -10,6 +10,7 @@ the same stream, EOS.
 
 A data source, such as Tokens or Sawtooth, has
     vocab_size (without [mask]), block_size, tokenizer (a spec for `load_tokenizer`, or None), wrap
+    sha256 (where it has a tokenizer): the beginnings of its files' checksums, as meta.json has them
     batch(seed, step, rows) for training, rows(indices) and len() for validation; both give tuples (ids, ...)
 """
 import json
@@ -234,6 +235,7 @@ class Tokens:
         if split not in meta:
             raise UserError(f'{self.folder} has no {split} split')
         self.vocab_size, self.tokenizer, self.wrap = meta['vocab_size'], meta['tokenizer'], meta['wrap']
+        self.sha256 = '-'.join(meta[s].get('sha256', '?')[:16] for s in ('train', 'val') if s in meta)
         path, count = os.path.join(self.folder, split + '.bin'), meta[split]['tokens']
         self.file, self.ids = open_array(path, meta['dtype'], (count,), prepare_command(self.folder))
         self.body = block_size - 2 * self.wrap  # ids that a chunk takes from the file
@@ -310,7 +312,7 @@ class WithLatents:
                             f'({", ".join(changed)} changed): run {command}')
         self.tokens, self.encoder_weights = tokens, meta.get('encoder_weights')
         self.vocab_size, self.block_size = tokens.vocab_size, tokens.block_size
-        self.tokenizer, self.wrap = tokens.tokenizer, tokens.wrap
+        self.tokenizer, self.wrap, self.sha256 = tokens.tokenizer, tokens.wrap, tokens.sha256
         path, shape = os.path.join(folder, tokens.split + '.bin'), (len(tokens), num_latents, latent_dim)
         self.file, self.latents = open_array(path, np.uint16, shape, command)  # numpy has no bfloat16
 

@@ -43,13 +43,16 @@ README, TUTORIAL, RESULTS = expanded(read('README.md')), read('TUTORIAL.md'), re
 EVERYTHING = README + TUTORIAL + RESULTS
 
 # an indented line, perhaps continued by a backslash; `pip install ... && python ...` is its second half
-COMMAND = re.compile(r'^ {4,}(?:pip install -r requirements.txt && )?((?:python|torchrun) (?:.*\\\n)*.*)$', re.MULTILINE)
+COMMAND = re.compile(r'^ {4,}(?:pip install -r requirements.txt && )?((?:python|torchrun) (?:.*\\\n)*.*)$',
+                     re.MULTILINE)
 COMMANDS = list(dict.fromkeys(' '.join(line.replace('\\\n', ' ').split())
                               for line in COMMAND.findall(README + TUTORIAL)))
 BLOCKS = re.findall(r'^ *```python\n(.*?)^ *```$', README + TUTORIAL, re.MULTILINE | re.DOTALL)
 EXAMPLE = next(block for block in BLOCKS if 'class MaskGIT' in block)  # the reader's own file, maskgit.py
 NAMED = next(block for block in BLOCKS if block.startswith('from maskgit import MaskGIT\nMETHODS'))
 SCRIPTS = [block for block in BLOCKS if re.match('(import|from|def) ', block) and block != NAMED]
+OF_RUNS = [script for script in SCRIPTS if "'out/" in script]
+ANSWERS = [script for script in SCRIPTS if script not in OF_RUNS]
 QUOTES = [block for block in BLOCKS if block not in (EXAMPLE, NAMED, *SCRIPTS)]
 SKIPPED = {'python -m pytest': 'runs this test',
            'python sample.py --init_from=kuleshov-group/mdlm-owt':
@@ -65,7 +68,8 @@ L, WIDTH = 64, 16  # the longest prompt of the documents has 54 characters
 TINY = dict(hidden=WIDTH, num_layers=2, num_heads=2, cond_dim=8, batch_size=4, eval_seqs=4, log_interval=1,
             compile=False, device='cpu', micro_batch=2)
 TINY_OF = {'ladd': dict(num_latents=4, latent_dim=8, codebook_size=7, stage1_iters=1, vq_start=0),
-           'ldlm': dict(latent_dim=WIDTH, latent_layers=1, decoder_layers=1, adaptive_bins=4, adaptive_every=1)}
+           'ldlm': dict(latent_dim=WIDTH, latent_layers=1, decoder_layers=1, adaptive_bins=4,
+                        adaptive_every=1)}
 
 
 def fewer(argv, key, most):
@@ -79,19 +83,21 @@ def fewer(argv, key, most):
 
 
 def shorten_train(argv, script='train', more=2):
-    """Arguments of train.py (or of a script with its keys) -> a tiny network, `more` further steps, no download."""
+    """Arguments of train.py, or of a script with its keys -> a tiny network, `more` further steps, no download.
+    """
     from lib import checkpoint
     from lib.configurator import configure, idle
     from methods import METHODS
-    c = configure(importlib.import_module(script).Config, argv, METHODS)  # the command as it stands is accepted
+    c = configure(importlib.import_module(script).Config, argv, METHODS)  # as it stands, it is accepted
     path = os.path.join(c['out_dir'], 'ckpt.pt')
     done = checkpoint.load(path)['step'] if os.path.exists(path) else 0
     short = {**TINY, **TINY_OF.get(c['method'], {}), 'max_iters': done + more}
     if c['dataset'] != 'sawtooth':
         short['block_size'] = L
-    if c['method'] == 'ladd' and c['latent'] == 'continuous' and not c['stage1_iters']:
-        del short['stage1_iters']  # its encoder is frozen
-    short |= {key: os.path.abspath('model') for key in ('encoder', 'token_encoder') if c.get(key) in (*MODELS, 'gpt2')}
+    if c['method'] == 'ladd' and not c['stage1_iters']:
+        del short['stage1_iters']  # a frozen encoder, or what the command asks for
+    short |= {key: os.path.abspath('model') for key in ('encoder', 'token_encoder')
+              if c.get(key) in (*MODELS, 'gpt2')}
     no_effect = idle(METHODS[c['method']].Config, {**c, **short})
     return [*argv, *(f'--{key}={value}' for key, value in short.items() if key not in no_effect)]
 
@@ -101,10 +107,12 @@ def shorten(script, argv):
     if script in ('train.py', 'data/encode.py'):
         return shorten_train(argv)
     if script.endswith('/prepare.py'):
-        argv = [f'--tokenizer={os.path.abspath("model")}' if a.partition('=')[2] in MODELS else a for a in argv]
-        argv = ['--tokenizer=char' if a == '--tokenizer=gpt2' else a for a in argv]  # GPT-2's merges are a download
-        argv = [os.path.abspath('text.txt') if a.rstrip('.') == 'FILE' else a for a in argv]
-        return [*argv, '--workers=1', *(['--input', os.path.abspath('text.txt')] if '--input' not in argv else []),
+        model, text = os.path.abspath('model'), os.path.abspath('text.txt')
+        argv = [f'--tokenizer={model}' if a.partition('=')[2] in MODELS else a for a in argv]
+        # GPT-2's merges are a download
+        argv = ['--tokenizer=char' if a == '--tokenizer=gpt2' else a for a in argv]
+        argv = [text if a.rstrip('.') == 'FILE' else a for a in argv]
+        return [*argv, '--workers=1', *(['--input', text] if '--input' not in argv else []),
                 *(['--val_documents=2'] if 'openwebtext' in script else [])]
     if script == 'sample.py':
         return [*fewer(fewer(argv, 'steps', 3), 'latent_steps', 2), '--num_samples=1', '--device=cpu']
@@ -113,7 +121,8 @@ def shorten(script, argv):
         argv = fewer(fewer(argv, 'steps', 2), 'latent_steps', 2)
         return [*argv, '--num_samples=2', '--device=cpu', *(['--val_seqs=4'] if one_run else [])]
     if script == 'sawtooth.py':
-        return [*(name for a in argv for name in sorted(glob.glob(a)) or [a]), '--num_samples=32', '--steps=1,2']
+        names = [name for a in argv for name in sorted(glob.glob(a)) or [a]]
+        return [*names, '--num_samples=32', '--steps=1,2']
     if script == 'lib.plot':
         return argv
     if script == 'bench.py':
@@ -122,7 +131,7 @@ def shorten(script, argv):
 
 
 def launch(argv):
-    """torchrun, on this machine: two processes of a launcher, or two launchers (nodes) of one process each."""
+    """torchrun, on this machine: two processes of one launcher, or two launchers (nodes) of one each."""
     two = '--nnodes=2' in argv
     with socket.socket() as s:
         s.bind(('localhost', 0))
@@ -154,11 +163,13 @@ def make_model(folder):
     words = ['[UNK]', '[CLS]', '[SEP]', *dict.fromkeys(TEXT.split())]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 1), ('[SEP]', 2)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]')
-    fast.save_pretrained(folder)
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2,
-                                     intermediate_size=24, max_position_embeddings=80)
+    tok.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 1), ('[SEP]', 2)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tok, unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]').save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=80)
     transformers.BertModel(config).save_pretrained(folder)
 
 
@@ -173,7 +184,10 @@ def with_few_texts(function):
 
 
 def measure_here(argv, variant):
-    """What bench.py measures in a process of its own; nothing for the full head, which replaces functions for good."""
+    """What bench.py measures in a process of its own.
+
+    Nothing for the full head, which replaces functions for good.
+    """
     import bench
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -195,12 +209,42 @@ def run_command(argv):
         raise RuntimeError('no sample')
 
 
-def run_all(copy):
-    """Prints one JSON line per command, and per script that needs what they made: {command, error, seconds}."""
+def report(job, work, expected=None):
+    """Prints a job's JSON line: {command, error, seconds}. expected: the lines that it has to print."""
+    out, error, clock = io.StringIO(), None, time.perf_counter()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            work()
+        if expected is not None and not alike(out.getvalue(), expected):
+            error = f'printed\n{out.getvalue()}instead of\n{expected}'
+    except BaseException:
+        error = out.getvalue()[-500:] + traceback.format_exc()
+    seconds = time.perf_counter() - clock
+    print(json.dumps({'command': job, 'error': error, 'seconds': seconds}), flush=True)
+
+
+def alike(printed, expected):
+    """The same words, and the same numbers up to one unit of the last digit: machines round differently."""
+    number = re.compile(r'\d+\.(\d+)')
+
+    def same(a, b):
+        x, y = number.fullmatch(a), number.fullmatch(b)
+        near = x and y and len(x[1]) == len(y[1]) and abs(float(a) - float(b)) < 1.5 * 10.0**-len(x[1])
+        return a == b or near
+    printed, expected = printed.split(), expected.split()
+    return len(printed) == len(expected) and all(map(same, printed, expected))
+
+
+def enter(copy):
     import torch
     torch.set_num_threads(1)
     os.chdir(copy)
     sys.path[0] = copy
+
+
+def run_all(copy):
+    """Every command, then the scripts that need what they have made."""
+    enter(copy)
     make_model('model')
     import sawtooth  # its report at the end of training is fixed at 4,096 texts
     for name in ('token_losses', 'draw', 'exact_draw', 'exact_records', 'gap_to_exact'):
@@ -208,60 +252,28 @@ def run_all(copy):
     import bench
     bench.peak_flops = lambda device, dtype: (1e12, 'not measured')
     bench.in_its_own_process = measure_here  # tests/test_bench.py starts the processes
-
-    jobs = [(line, lambda line=line: run_command(shlex.split(line, comments=True))) for line in COMMANDS
-            if not line.startswith(tuple(SKIPPED))]
-    jobs += [(script, lambda script=script: exec(script, {})) for script in SCRIPTS if "'out/" in script]
-    for job, work in jobs:
-        out, error, clock = io.StringIO(), None, time.perf_counter()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                work()
-        except BaseException:
-            error = out.getvalue()[-500:] + traceback.format_exc()
-        print(json.dumps({'command': job, 'error': error, 'seconds': time.perf_counter() - clock}), flush=True)
-
-
-def alike(printed, expected):
-    """The same words, and the same numbers up to one unit of the last digit: machines round differently."""
-    printed, expected = printed.split(), expected.split()
-
-    def close(a, b):
-        digits = len(b.partition('.')[2])
-        return abs(float(a) - float(b)) < 1.5 * 10.0**-digits if digits and len(a) == len(b) else False
-    number = re.compile(r'\d+\.\d+')
-    return len(printed) == len(expected) and all(
-        a == b or bool(number.fullmatch(a) and number.fullmatch(b)) and close(a, b) for a, b in zip(printed, expected))
+    for line in COMMANDS:
+        if not line.startswith(tuple(SKIPPED)):
+            report(line, lambda line=line: run_command(shlex.split(line, comments=True)))
+    for script in OF_RUNS:
+        report(script, lambda script=script: exec(script, {}))
 
 
 def run_answers(copy):
-    """Prints one JSON line per script that needs no run: {command, error, seconds}."""
-    import torch
-    torch.set_num_threads(1)
-    os.chdir(copy)
-    sys.path[0] = copy
-    for script in SCRIPTS:
-        if "'out/" in script:
-            continue
-        # after `print(` on its line, or on lines of their own
-        expected = re.findall(r'^ *print\(.*\) *# (.*)$|^# (.*)$', script, re.MULTILINE)
-        expected = [a or b for a, b in expected]
-        out, error, clock = io.StringIO(), None, time.perf_counter()
-        try:
-            with contextlib.redirect_stdout(out):
-                exec(script, {})
-            if not expected or not alike(out.getvalue(), '\n'.join(expected)):
-                error = f'printed\n{out.getvalue()}instead of\n' + '\n'.join(expected)
-        except BaseException:
-            error = traceback.format_exc()
-        print(json.dumps({'command': script, 'error': error, 'seconds': time.perf_counter() - clock}), flush=True)
+    """The scripts that need no run, with what their comments say: after `print(...)`, or on lines of their own."""
+    enter(copy)
+    for script in ANSWERS:
+        said = re.findall(r'^ *print\(.*\) *# (.*)$|^# (.*)$', script, re.MULTILINE)
+        assert said, script
+        report(script, lambda script=script: exec(script, {}), '\n'.join(a or b for a, b in said))
 
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     """A copy of the tree, with the reader's own method in it."""
     copy = tmp_path_factory.mktemp('docs') / 'nanoladd'
-    for pattern in ('*.py', 'lib/*.py', 'baselines/*.py', 'config/*.py', 'data/**/*.py', 'assets/paper_ladd.json'):
+    for pattern in ('*.py', 'lib/*.py', 'baselines/*.py', 'config/*.py', 'data/**/*.py',
+                    'assets/paper_ladd.json'):
         for path in glob.glob(pattern, root_dir=ROOT, recursive=True):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(os.path.join(ROOT, path), copy / path)
@@ -292,8 +304,8 @@ def test_every_command_runs(copy):
     results = run_here(copy, 'commands')
     skipped = {start for line in COMMANDS for start in SKIPPED if line.startswith(start)}
     left_out = [line for line in COMMANDS if line.startswith(tuple(SKIPPED))]
-    of_runs = [script for script in SCRIPTS if "'out/" in script]
-    assert len(results) + len(left_out) == len(COMMANDS) + len(of_runs) and skipped == set(SKIPPED) and of_runs
+    assert len(results) + len(left_out) == len(COMMANDS) + len(OF_RUNS)
+    assert skipped == set(SKIPPED) and OF_RUNS
 
     # paths that the documents name: there from the beginning, or made by their commands
     for name in ('README.md', 'TUTORIAL.md', 'RESULTS.md', 'CONTRIBUTING.md'):
@@ -304,16 +316,19 @@ def test_every_command_runs(copy):
 
 
 def mentioned_paths():
-    """Everything that looks like a relative path, except for names that stand for others (NAME, OTHER, A ...) and
-    seeds that one may add."""
+    """Everything that looks like a relative path.
+
+    Except for names that stand for others (NAME, OTHER, A ...), and seeds that one may add.
+    """
     words = re.findall(r'(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|md|png|jsonl|json|txt|yml)\b'
                        r'|(?<![\w./-])(?:data|config|assets|tests|out|lib|baselines)/[\w./*-]*', EVERYTHING)
     documents = ('README.md', 'TUTORIAL.md', 'RESULTS.md', 'CONTRIBUTING.md')
-    return sorted({w.rstrip('.') for w in words if w in documents or not re.search(r'[A-Z]{4}|_seed1|out/[A-Z]+$|^A_', w)})
+    stands_for_others = re.compile(r'[A-Z]{4}|_seed1|out/[A-Z]+$')
+    return sorted({w.rstrip('.') for w in words if w in documents or not stands_for_others.search(w)})
 
 
 def test_every_answer_prints_what_it_says(copy):
-    assert run_here(copy, 'answers')
+    assert len(run_here(copy, 'answers')) == len(ANSWERS) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -327,18 +342,18 @@ def test_the_readme_is_a_page():
 
 
 def test_configs():
-    named, there = set(re.findall(r'config/\w+\.py', README)) - {'config/NAME.py'}, set(glob.glob('config/*.py', root_dir=ROOT))
-    assert named == there
+    named = set(re.findall(r'config/\w+\.py', README)) - {'config/NAME.py'}
+    assert named == set(glob.glob('config/*.py', root_dir=ROOT))
 
 
 def lines_of(path):
-    """Each line of a file as (the whole of it, without its comment), spaces outside of strings being no matter."""
+    """Each line of a file as (the whole of it, what it is without its comment), without runs of spaces."""
     with open(os.path.join(ROOT, path), encoding='utf-8') as f:
         return iter([(' '.join(line.split()), line.partition('  #')[0].strip()) for line in f])
 
 
 def test_quoted_code_is_in_its_file():
-    """A comment in a block names the file; the lines stand there as they are, in this order. `...`: some lines more."""
+    """A comment names the file; the lines stand there as they are, in this order. `...`: some lines more."""
     for block in QUOTES:
         source = None
         for line in block.splitlines():
@@ -349,7 +364,7 @@ def test_quoted_code_is_in_its_file():
                 assert source, f'where is this from?\n{block}'
                 wanted = ' '.join(line.split())
                 found = any(wanted == whole or line.strip() == code for whole, code in source)
-                assert found, f'{line.strip()!r} is not in {name[1] if name else "its file"} (any more), or comes earlier'
+                assert found, f'{line.strip()!r} is not where it is from (any more), or comes earlier:\n{block}'
 
 
 def test_every_chapter_of_mathematics_quotes_its_code():
@@ -376,7 +391,8 @@ def test_links_lead_somewhere():
         if target.startswith('#'):
             assert target[1:] in anchors, target
         elif target.startswith('http'):
-            assert re.fullmatch(r'https://arxiv\.org/abs/\d{4}\.\d{5}|https://github\.com/karpathy/nanoGPT', target)
+            of_a_paper = re.fullmatch(r'https://arxiv\.org/abs/\d{4}\.\d{5}', target)
+            assert of_a_paper or target == 'https://github.com/karpathy/nanoGPT', target
         else:
             assert os.path.exists(os.path.join(ROOT, target)), target
 
@@ -392,12 +408,14 @@ def test_keys_exist():
     from methods import METHODS
     named = ('train.Config', 'sample.Config', 'eval.Config', 'eval.Sweep', 'bench.Config', 'sawtooth.Config',
              'lib.plot.FrontierConfig')
-    scripts = [getattr(importlib.import_module(name.rpartition('.')[0]), name.rpartition('.')[2]) for name in named]
+    parts = [name.rpartition('.') for name in named]
+    scripts = [getattr(importlib.import_module(module), Keys) for module, _, Keys in parts]
     known = {key for Keys in scripts for key in defaults_of(Keys)}
     known |= {key for Method in METHODS.values() for key in method_keys(Method)}
     prepare = {'input', 'tokenizer', 'name', 'split', 'set'}
     torchrun = {'standalone', 'nnodes', 'nproc_per_node', 'max-restarts', 'rdzv_backend', 'rdzv_endpoint'}
-    assert set(re.findall(r'--([a-z][\w-]*)', EVERYTHING)) - known - prepare - torchrun == {'key', 'slow', 'help'}
+    used = set(re.findall(r'--([a-z][\w-]*)', EVERYTHING))
+    assert used - known - prepare - torchrun == {'key', 'slow', 'help'}
 
 
 def test_what_a_fresh_install_looks_for():

@@ -1,4 +1,6 @@
 """The protocol (lib/method.py), for every method, and the keys: each shows an effect or is refused."""
+import copy
+import functools
 import glob
 import itertools
 import math
@@ -216,6 +218,15 @@ def test_a_method_of_ones_own():
             method.sample(1, **wrong)
 
 
+def test_the_parts_of_a_channel_are_those_of_the_method():
+    """Codes use the very codebook and mask vector that LADD trains, moves and stores, also in a copy of it."""
+    method = make('di')
+    for m in (method, copy.deepcopy(method), copy.deepcopy(method).double()):
+        assert m.channel.z_mask is m.z_mask and m.channel.quantizer is m.quantizer
+        assert {'z_mask', 'quantizer.codebook', 'quantizer.counts', 'quantizer.sums'} <= m.state_dict().keys()
+        assert m.channel.seen(torch.tensor([[5]])).dtype == m.z_mask.dtype
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the end of a step
 
@@ -390,6 +401,7 @@ def toy_keys(args):
     keys = {k: config[k] for k in method_keys(Class)}
     keys.update((k, min(v, SIZES[k])) for k, v in keys.items() if k in SIZES)
     keys.update(block_size=L, vocab_size=V)
+    keys.update((k, 'frozen') for k in ('encoder', 'token_encoder') if keys.get(k, '') not in ('', 'scratch'))
     if config['method'] == 'ldlm':
         keys['latent_dim'] = 16  # the encoder's
     return Class, keys
@@ -497,9 +509,20 @@ def few_states(monkeypatch):
     monkeypatch.setattr(ldlm, 'STATE_TOKENS', 600)
 
 
-def without_effect(Class, keys):
+def shown_all_the_same(Class, keys, name, base):
+    """Where a key shows that is said to have no effect: in a run of the first edition, which may hold it."""
+    try:
+        shows = where_it_shows(built(Class, Class.Config.stored(keys)), base)
+    except ValueError:  # refused there, too
+        shows = ''
+    # times that are not adaptive have bins, too
+    return '' if name == 'adaptive_bins' and shows == 'shapes' else shows
+
+
+@functools.cache
+def without_effect(Class, *items):
     """The key=value pairs of other values that show nowhere, though they are not refused."""
-    Config, silent = Class.Config, []
+    Config, keys, silent = Class.Config, dict(items), []
     base = {elsewhere: list(observations(built(Class, Config.stored(keys)), elsewhere))
             for elsewhere in (False, True)}
     assert where_it_shows(built(Class, Config.stored(keys)), base[False]) == ''  # nothing else matters
@@ -513,9 +536,8 @@ def without_effect(Class, keys):
             except ValueError as e:
                 print(f'{name}={value} is refused: {e}')
                 assert name in str(e), f'{name}={value} is refused without a reason: {e}'
-                if str(e).startswith(f'{name}={value} has no effect') and name not in ELSEWHERE:
-                    shows = where_it_shows(built(Class, Config.stored(changed)), base[False])
-                    assert shows in ('', *['shapes'] * (name == 'adaptive_bins')), f'{e}, but: {shows}'
+                if f'{name}={value} has no effect' in str(e):
+                    assert shown_all_the_same(Class, changed, name, base[False]) == '', e
                 continue
             try:  # that other keys lose their effect beside it does not count
                 method = built(Class, Config.stored(changed))
@@ -529,7 +551,8 @@ def without_effect(Class, keys):
 
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_every_key_shows_or_is_refused(setting):
-    assert without_effect(*toy_keys(SETTINGS[setting])) == []
+    Class, keys = toy_keys(SETTINGS[setting])
+    assert without_effect(Class, *keys.items()) == []  # many are the same at toy size
 
 
 @pytest.mark.parametrize('setting', ['text_co_ladd', 'text_di_ladd', 'text_ldlm'])
