@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -226,7 +227,9 @@ def main(argv):
     config, device = prepare(argv)
     c = SimpleNamespace(**config)
     if c.variant:
-        return print(json.dumps(measure(c, config, device)))
+        with redirect_stdout(sys.stderr):  # where a step prints its news: our output is JSON and nothing else
+            result = measure(c, config, device)
+        return print(json.dumps(result))
 
     with torch.device('meta'):
         method = build(config)

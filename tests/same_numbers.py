@@ -160,9 +160,13 @@ def difference(old, new):
     if isinstance(old, list):
         at = [i for i, (a, b) in enumerate(zip(old, new)) if a != b]
         return '' if old == new else f'token {at[0]}' if at else 'another length'
-    must = {'step', 'loss', 'grad_norm', 'val_loss'}  # a log may lose the others
     return next((f'{k} was {old[k]!r}, is {new.get(k)!r}' for k in old
-                 if old[k] != new.get(k) and (k in new or k in must)), '')
+                 if old[k] != new.get(k) and computed(k)), '')
+
+
+def computed(key):
+    """Whether a logged number must stay; the others are statistics that may be taken at another moment."""
+    return key.endswith('loss') or key in ('step', 'lr', 'grad_norm', 'val_ppl')
 
 
 def report(old, new):
@@ -173,8 +177,8 @@ def report(old, new):
         found += ['one is too many or missing'] * abs(len(rows) - len(new[part]))
         counts.append(f'{part} {found.count("")}/{len(rows)}')
         first = first or next((f'{part}, number {i + 1}: {text}' for i, text in enumerate(found) if text), '')
-    gone = {k for r, s in zip(old['losses'], new['losses']) for k in r.keys() - s.keys()}
-    note = f'  (no longer logged: {", ".join(sorted(gone))})' if gone else ''
+    moved = {k for r, s in zip(old['losses'], new['losses']) for k in r if r[k] != s.get(k) and not computed(k)}
+    note = f'  (logged otherwise: {", ".join(sorted(moved))})' if moved else ''
     line = '  '.join(counts).replace('  samples seq', ' seq')
     return line + (f'  DIFFERENT: {first}' if first else '  same') + note, not first
 

@@ -83,8 +83,7 @@ def fewer(argv, key, most):
 
 
 def shorten_train(argv, script='train', more=2):
-    """Arguments of train.py, or of a script with its keys -> a tiny network, `more` further steps, no download.
-    """
+    """Arguments of train.py, or of a script with its keys -> a tiny network, `more` steps, no download."""
     from lib import checkpoint
     from lib.configurator import configure, idle
     from methods import METHODS
@@ -260,7 +259,7 @@ def run_all(copy):
 
 
 def run_answers(copy):
-    """The scripts that need no run, with what their comments say: after `print(...)`, or on lines of their own."""
+    """The scripts that need no run: what their comments say, after `print(...)` or on lines of their own."""
     enter(copy)
     for script in ANSWERS:
         said = re.findall(r'^ *print\(.*\) *# (.*)$|^# (.*)$', script, re.MULTILINE)
@@ -364,7 +363,7 @@ def test_quoted_code_is_in_its_file():
                 assert source, f'where is this from?\n{block}'
                 wanted = ' '.join(line.split())
                 found = any(wanted == whole or line.strip() == code for whole, code in source)
-                assert found, f'{line.strip()!r} is not where it is from (any more), or comes earlier:\n{block}'
+                assert found, f'{line.strip()!r} is not in its file (any more), or comes earlier:\n{block}'
 
 
 def test_every_chapter_of_mathematics_quotes_its_code():
