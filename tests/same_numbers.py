@@ -177,7 +177,8 @@ def report(old, new):
         found += ['one is too many or missing'] * abs(len(rows) - len(new[part]))
         counts.append(f'{part} {found.count("")}/{len(rows)}')
         first = first or next((f'{part}, number {i + 1}: {text}' for i, text in enumerate(found) if text), '')
-    moved = {k for r, s in zip(old['losses'], new['losses']) for k in r if r[k] != s.get(k) and not computed(k)}
+    moved = {k for r, s in zip(old['losses'], new['losses']) for k in r if r[k] != s.get(k)}
+    moved = {k for k in moved if not computed(k)}
     note = f'  (logged otherwise: {", ".join(sorted(moved))})' if moved else ''
     line = '  '.join(counts).replace('  samples seq', ' seq')
     return line + (f'  DIFFERENT: {first}' if first else '  same') + note, not first

@@ -32,10 +32,12 @@ from helpers import (
     weights,
 )
 
+import lib.files
 import sample
 import train
 from lib import checkpoint, prepare
 from lib.configurator import Keys, UserError, configure, defaults_of, method_keys
+from lib.lock import claim
 from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer
 from mdlm import MDLM
 from methods import METHODS, open_published, open_run
@@ -157,7 +159,8 @@ def test_read_only_folder():
     before = files()
     with read_only('a', 'empty'):
         for name in ('a', 'empty', 'empty/new', 'a/ckpt.pt/new'):
-            assert f'cannot write {name}/log.jsonl' in complaint(go, name, '--max_iters=4'), name
+            line = complaint(go, name, '--max_iters=4')
+            assert line.startswith(f'cannot write {name}') and 'give another --out_dir' in line
         line = complaint(sample.main, ['--out_dir=out/m', '--device=cpu', '--save=a/x.npy'])
         assert line.startswith('cannot write a/x.npy')
         with pytest.raises(UserError, match='Permission denied.*the one before it is kept'):
@@ -177,6 +180,38 @@ def test_folder_becomes_read_only_on_the_way(monkeypatch):
         assert complaint(go, 'a', *args) == 'cannot write a/log.jsonl (Permission denied)'
     assert checkpoint.load('a/ckpt.pt')['step'] == 4
     assert go('a', *args) == whole
+
+
+# ------------------------------------------------------------------------------------------------------------
+# two at once
+
+def test_one_training_per_folder():
+    go('a', '--max_iters=2')
+    before, release = files(), claim('a')
+    line = complaint(go, 'a', '--max_iters=4')
+    assert line == 'another process trains in a; stop it first, or give another --out_dir'
+    release()
+    assert files() == before
+    open('a/lock', 'w').close()  # a kill left it
+    assert len(go('a', '--max_iters=4')) == 4 and sorted(os.listdir('a')) == ['ckpt.pt', 'log.jsonl']
+
+
+def test_a_run_that_cannot_begin_releases_its_folder():
+    go('a', '--max_iters=2')
+    with disk_full(100):
+        assert complaint(go, 'a', '--max_iters=4')
+    assert len(go('a', '--max_iters=4')) == 4  # in the same process
+
+
+def test_one_writer_per_file():
+    make('mdlm', 'out/m')
+    argv = ['--out_dir=out/m', '--device=cpu', '--steps=1', '--save=x.jsonl', '--num_samples=2']
+    with lib.files.whole('x.jsonl') as temp:
+        line = complaint(sample.main, argv)
+        assert line == 'another process is writing x.jsonl; wait for it, or stop it' and os.path.exists(temp)
+    assert files('.')['./x.jsonl'] == b''
+    sample.main(argv)
+    assert len(open('x.jsonl').readlines()) == 2 and sorted(os.listdir('.')) == ['out', 'x.jsonl']
 
 
 # ------------------------------------------------------------------------------------------------------------

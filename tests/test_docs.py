@@ -352,13 +352,18 @@ def lines_of(path):
 
 
 def test_quoted_code_is_in_its_file():
-    """A comment names the file; the lines stand there as they are, in this order. `...`: some lines more."""
+    """A comment says `file.py: Class.function`; the lines stand there as they are, in this order.
+
+    `...` stands for some lines more.
+    """
     for block in QUOTES:
         source = None
         for line in block.splitlines():
             if line.strip().startswith('#'):
-                name = re.search(r'([\w/]+\.py)', line)
-                source = lines_of(name[1]) if name else source
+                if place := re.search(r'([\w/]+\.py): ([\w.]+)$', line):
+                    source = lines_of(place[1])
+                    for name in place[2].split('.'):
+                        assert any(re.match(rf'(class|def) {name}\b', code) for _, code in source), line
             elif line.strip() not in ('', '...'):
                 assert source, f'where is this from?\n{block}'
                 wanted = ' '.join(line.split())

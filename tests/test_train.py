@@ -78,9 +78,7 @@ def test_validation_does_not_depend_on_the_batch():
     torch.nn.init.normal_(method.head.weight)
     for batch_size in (20, 7, 1):
         c = train.Config(batch_size=batch_size, dtype='float32')
-        trainer = train.Trainer(method, c, torch.device('cpu'))
-        with trainer.averaged():
-            values.append(trainer.evaluate(Toy(), 20))
+        values.append(train.Trainer(method, c, torch.device('cpu')).evaluate(Toy(), 20))
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
@@ -116,8 +114,16 @@ def test_kill_and_resume_give_the_same_next_losses(monkeypatch, capsys, method, 
     assert timeless('parts') == timeless('whole')
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(monkeypatch, signum):
+@pytest.fixture
+def not_nohup():
+    """SIGHUP ends this process, also where pytest runs under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_first(monkeypatch, not_nohup, signum):
     whole = go('whole', '--max_iters=12')
     with monkeypatch.context() as m:
         at_step(m, mdlm.MDLM, 6, lambda: os.kill(os.getpid(), signum))
@@ -135,6 +141,13 @@ def test_a_second_signal_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(not_nohup):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with heed_signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert received == []
 
 
 def test_a_signal_between_two_steps_waits_for_the_next(monkeypatch):
@@ -180,6 +193,18 @@ def test_scratch_and_going_further(capsys):
     assert more[:5] == first and len(more) == 8 and log('a')[-1]['step'] == 8
     assert checkpoint.load('a/ckpt.pt')['tokens'] == (5 * 8 + 3 * 4) * 16
     assert go('a', '--max_iters=5', '--init_from=scratch') == first
+
+
+def test_scratch_killed_before_its_first_checkpoint(monkeypatch):
+    """The old run is gone at once: its checkpoint must not be continued after records of the new one."""
+    go('a', '--max_iters=5', '--learning_rate=1e-4')
+    whole = go('whole', '--max_iters=5')
+    with monkeypatch.context() as m:
+        at_step(m, mdlm.MDLM, 2, killed)
+        with pytest.raises(Killed):
+            go('a', '--max_iters=5', '--init_from=scratch')
+    assert checkpoint.load('a/ckpt.pt')['step'] == 0 and len(losses('a')) == 2
+    assert go('a', '--max_iters=5') == whole
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -545,6 +570,18 @@ assert inside >= 5  # so many of the kills came while a checkpoint was half writ
     go('a', f'--max_iters={checkpoint.load("a/ckpt.pt")["step"] + 1}')
     steps = [step for step, _, _ in losses('a')]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 20
+
+
+@pytest.mark.parametrize('lost', ['a closed pipe', 'a full disk'])
+def test_lost_output_does_not_end_the_run(lost, tmp_path):
+    """A terminal that closes, or a pipe into a program that has ended, costs no step."""
+    (tmp_path / 'script.py').write_text(PREPARE + RUN)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open('/dev/full', 'w') if lost == 'a full disk' else open(writer, 'w') as out:
+        r = subprocess.run([sys.executable, 'script.py', *TINY_RUN, '--out_dir=a', '--max_iters=12'],
+                           stdout=out, stderr=out, timeout=300)
+    assert r.returncode == 0 and checkpoint.load('a/ckpt.pt')['step'] == 12 and len(losses('a')) == 12
 
 
 def test_the_command_itself(tmp_path):
