@@ -320,8 +320,8 @@ class LADD(mdlm.MDLM):
         if c.stored_latents:
             self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
         if not c.stage1_iters and not (c.encoder and c.latent == 'continuous'):
-            self.untrained_part = 'stage 2 freezes encoder and codebook: train them first, --stage1_iters=N, ' \
-                                  'or bring them along, --init_from=out/OTHER'
+            self.untrained_part = 'stage 2 freezes encoder and codebook: train them first, ' \
+                                  '--stage1_iters=N, or bring them along, --init_from=out/OTHER'
 
     def attach(self, encoder):
         self.encoder.attach(encoder)

@@ -111,7 +111,7 @@ class AdaptiveTimes(nn.Module):
         self.bins, self.memory, self.floor = bins, memory, floor
         self.register_buffer('p', torch.full((bins,), 1 / bins))
         self.register_buffer('sums', torch.zeros(2, bins))  # of losses, of how many
-        self.register_buffer('new', torch.zeros(2, bins), persistent=False)  # the same, of this step
+        self.met = []  # the same of this step's micro-batches
 
     def draw(self, noise):
         """t (b,): bin i with probability p_i, then uniform in it; one stratified u gives both."""
@@ -123,15 +123,18 @@ class AdaptiveTimes(nn.Module):
     def track(self, t, losses):
         """Takes note of the losses (b,) at times t of a micro-batch."""
         bins = (t * self.bins).long().clamp(max=self.bins - 1)
-        self.new.index_add_(1, bins, torch.stack((losses, torch.ones_like(losses))))
+        met = torch.zeros_like(self.sums).index_add_(1, bins, torch.stack((losses, torch.ones_like(losses))))
+        self.met.append(met)
 
     def forget(self):
         self.sums *= self.memory
 
     def learn(self, finite):
         """Once per step, from all processes, so that their sums stay equal."""
-        self.sums += torch.where(finite, summed(self.new), 0.0)
-        self.new.zero_()
+        if self.met:
+            for met in summed(torch.stack(self.met)):
+                self.sums += torch.where(finite, met, 0.0)
+            self.met = []
 
     def refresh(self):
         """New probabilities, once every bin has been seen."""
@@ -146,7 +149,7 @@ class AdaptiveTimes(nn.Module):
 
     def by_quarter(self):
         """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""
-        quarters = [part.sum(dim=1) for part in (self.sums + self.new).tensor_split(4, dim=1)]
+        quarters = [part.sum(dim=1) for part in sum(self.met, self.sums).tensor_split(4, dim=1)]
         loss, count = torch.stack(quarters, dim=1)
         return loss / count.clamp(min=1e-12)
 

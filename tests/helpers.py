@@ -77,8 +77,8 @@ TINY_METHODS = {
     'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
     'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4,
                codebook_size=5),
-    'ldlm': dict(token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1, decoder_layers=1,
-                 adaptive_bins=4)}
+    'ldlm': dict(token_encoder='scratch', reconstruction='ce', latent_dim=16, latent_layers=1,
+                 decoder_layers=1, adaptive_bins=4)}
 
 
 def make(name, folder=None, **changes):
