@@ -1,8 +1,7 @@
 """
 LADD: masked diffusion with a latent channel (Latent-Augmented Discrete Diffusion Models).
 
-An encoder gives each text x_0 a latent z_0. Tokens and latents are noised independently, x_t as in MDLM,
-z_t by
+An encoder gives each text x_0 a latent z_0. Tokens and latents are noised independently: x_t as in MDLM, and
     Co-LADD   Gaussian noise:  z_t = abar_t z_0 + sqrt(1 - abar_t^2) eps                        LADD eq. (20)
     Di-LADD   masking: z_0 is quantised first, and each code becomes [mask] with probability 1 - alpha_t
 and one MM-DiT sees both and predicts both:
@@ -31,8 +30,7 @@ from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, reveal_tokens, 
 from model import DiT
 
 # ------------------------------------------------------------------------------------------------------------
-# schedules of the Gaussian channel: LADD table 7, wrapped so that neither end is exact: .0001 <= abar^2 <=
-# .9999
+# schedules of the Gaussian channel: LADD table 7, wrapped: .0001 <= abar^2 <= .9999
 
 def abar(t, schedule='vp_sqrt'):
     """Signal level of z_t; any tensor t in [0, 1] -> the same shape."""
@@ -48,14 +46,10 @@ def abar(t, schedule='vp_sqrt'):
 # ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions over
 #     denoise(x_t, z_t, t, where) -> token logits (where.sum(), V), latent prediction
-# and over the latent channel's own move `latent_step(z_t, prediction, t, s) -> z_s`, one of the two that
-# follow
+# and over the channel's own move `latent_step(z_t, prediction, t, s) -> z_s`, one of the next two
 
 def ddim_step(z_t, z0_hat, t, s, schedule='vp_sqrt'):
-    """DDIM with eta = 0, LADD eq.
-
-    (40): z_t and z0_hat (n, M, D); the step to s = 0 returns the prediction.
-    """
+    """DDIM with eta = 0, LADD eq. (40): z_t, z0_hat (n, M, D) -> z_s; the step to s = 0 returns z0_hat."""
     if s == 0:
         return z0_hat
     a_t, a_s = abar(t, schedule), abar(s, schedule)
@@ -74,10 +68,7 @@ def code_step(z_t, logits, t, s, schedule='linear', generator=None):
 
 def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, eta=0.0, generator=None,
           callback=None):
-    """Both channels from t = 1 to 0 in `steps` calls, each seeing (x_t, z_t): LADD eq.
-
-    (Joint), (65), (66).
-    """
+    """Both channels from t = 1 to 0; each of the steps sees (x_t, z_t): LADD eq. (Joint), (65), (66)."""
     given = x != mask_id
     x, times = x.clone(), time_grid(steps, x.device)
     for i, (t, s, (alpha_t, alpha_s)) in enumerate(zip(times[:-1], times[1:], pairs(alphas))):
@@ -103,44 +94,42 @@ def latent_chain(predict, z, steps, latent_step):
 # ------------------------------------------------------------------------------------------------------------
 # keys
 
+CO, DI = {'latent': 'continuous'}, {'latent': 'discrete'}
+FROZEN, STAGE1 = {'encoder': Not([''])}, {'stage1_iters': Not([0])}
+
+
 @dataclass
 class Config(mdlm.Config):
+    # of the tokens; not geometric, whose alpha_0 < 1 would owe a reconstruction term
+    schedule: str = key('linear', choices=('linear', 'polynomial'))
     latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
     num_latents: int = key(1, at_least=1, meaning=True)  # M
     latent_dim: int = key(32, at_least=1)  # D
-    latent_schedule: str = key('vp_sqrt', meaning=True)  # vp_linear | vp_cosine | vp_sqrt; see Codes
-    # usable codes (the paper's 512 counts the mask)
-    codebook_size: int = key(511, at_least=1, only={'latent': 'discrete'})
-    # per step; slower for small batches, which touch few codes
-    vq_decay: float = key(0.95, at_least=0, at_most=1, only={'latent': 'discrete', 'stage1_iters': Not([0])})
-    # a code chosen less often than this per batch starts anew
-    dead_below: float = key(2.0, above=0, only={'latent': 'discrete'})
-    # '': learned | pretrained and frozen: a hub id, a folder, or out/NAME of our AR, see lib/encoders.py
+    latent_schedule: str = key('vp_sqrt', meaning=True)  # see Vectors.schedules and Codes.schedules
+    codebook_size: int = key(511, at_least=1, only=DI)  # K; the paper's 512 counts the mask
+    vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; small batches want more
+    dead_below: float = key(2.0, above=0, only=DI)  # a code chosen less often than this per batch restarts
+    # '' for a learned encoder, or the name of a frozen one: hub id, folder, or out/NAME of our AR
     encoder: str = key('', meaning=True)
-    # train on what the frozen encoder said once and data/encode.py stored
-    stored_latents: bool = key(False, only={'encoder': Not([''])})
-    encoder_layers: int = key(2, at_least=1, only={'encoder': ''})  # a DiT of the same width
-    # scale each latent to latent_length, LADD eq. (75)
-    unit_norm: bool = key(True, only={'latent': 'continuous'}, meaning=True)
-    # the paper's is 1; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
-    latent_length: float = key(1.0, above=0, only={'latent': 'continuous', 'unit_norm': True}, meaning=True)
-    # > 0: sequential sampling has a latent denoiser of its own; 0: the MM-DiT with all tokens masked
+    stored_latents: bool = key(False, only=FROZEN)  # read its output from the files of data/encode.py
+    encoder_layers: int = key(2, at_least=1, only={'encoder': ''})
+    unit_norm: bool = key(True, only=CO, meaning=True)  # scale each latent to latent_length, LADD eq. (75)
+    # the paper's length is 1; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
+    latent_length: float = key(1.0, above=0, only=CO | {'unit_norm': True}, meaning=True)
+    # blocks of a latent denoiser for sequential sampling; 0: the MM-DiT does it, with all tokens masked
     latent_layers: int = key(0, at_least=0)
+    # the loss
     lambda_x: float = key(1.0, at_least=0)
     lambda_z: float = key(1.0, at_least=0)
-    times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or not
-    p_drop: float = key(0.0, at_least=0, at_most=1, only={'latent': 'continuous'})  # of a sequence's latents
-    # p_r ~ U[0, .9] per sequence: blank masked positions in the encoder's input with probability p_r
-    encoder_dropout: bool = False
-    # share of sequences in stage 2 with all tokens masked, where sequential sampling starts (our choice)
-    p_start: float = key(0.0, at_least=0, at_most=1)
-    stage1_iters: int = key(0, at_least=0)  # steps of stage 1
-    # the rest is about stage 1, and our choice (why: config/sawtooth_di_ladd.py): token times are
-    # U[stage1_t_min, 1]; latents are not noised; k-means starts the codebook at step vq_start, before which
-    # latents pass unquantised and validation means nothing
-    stage1_t_min: float = key(0.0, at_least=0, at_most=1, only={'stage1_iters': Not([0])})
-    stage1_clean: bool = key(False, only={'stage1_iters': Not([0])})
-    vq_start: int = key(0, at_least=0, only={'latent': 'discrete', 'stage1_iters': Not([0])})
+    times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or drawn on its own
+    p_drop: float = key(0.0, at_least=0, at_most=1, only=CO)  # probability that a text loses its latent
+    encoder_dropout: bool = False  # hide masked tokens from the encoder, too, at a rate of U[0, .9] per text
+    p_start: float = key(0.0, at_least=0, at_most=1)  # share of texts with t_x = 1, in stage 2 (our choice)
+    # stage 1. All but its length is our choice; config/sawtooth_di_ladd.py says why
+    stage1_iters: int = key(0, at_least=0)
+    stage1_t_min: float = key(0.0, at_least=0, at_most=1, only=STAGE1)  # t_x ~ U[stage1_t_min, 1]
+    stage1_clean: bool = key(False, only=STAGE1)  # t_z = 0
+    vq_start: int = key(0, at_least=0, only=DI | STAGE1)  # step of k-means; until then nothing is quantised
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,9 +176,9 @@ class Vectors:
         return a * z_0 + (1 - a**2).sqrt() * noise.normal('eps', *z_0.shape[1:])
 
     def noised(self, e, t, noise, learning):
-        """Some sequences lose their latent, as in the official code: z_0 = z_t = 0 and no latent loss.
+        """Some texts lose their latent as in the official code: z_t = 0, and no latent loss.
 
-        The paper noises the zeros and keeps the loss.
+        The paper noises the null latent, LADD eq. (76), and keeps the loss.
         """
         kept = noise.uniform('drop') >= self.config.p_drop
         z_t = self.corrupt(e, t, noise)
@@ -242,12 +231,13 @@ class Codes:
         return None
 
     def corrupt(self, z_0, t, noise):
+        """q(z_t | z_0), LADD eq. (43); t (b,)."""
         mask = noise.uniform('z_mask', z_0.shape[1]) < 1 - alpha(t, self.config.latent_schedule)[:, None]
         return z_0.masked_fill(mask, self.config.codebook_size)
 
     def noised(self, e, t, noise, learning):
         """learning: the codebook takes note of the vectors, to move at the end of the step."""
-        if not self.quantising:
+        if not self.quantising:  # early in stage 1, where the latent loss is not asked for
             return Noised(e, e, torch.ones_like(t))
         z_0, codes, vq_loss = self.quantizer(e, learning)  # z_0: vectors with a straight-through gradient
         masked = self.corrupt(codes, t, noise) == self.config.codebook_size
@@ -255,7 +245,7 @@ class Codes:
         return Noised(torch.where(masked[..., None], self.z_mask, z_0), codes, masked, vq_loss, logs)
 
     def loss(self, prediction, noised, t):
-        """Cross-entropy of the masked codes, weighted as that of the tokens is."""
+        """Cross-entropy of the masked codes, LADD eq. (13), weighted as that of the tokens is."""
         weight = torch.ones_like(t)
         if self.config.weighting == 'elbo':
             weight = elbo_weight(t.clamp(min=1e-4), self.config.latent_schedule)
@@ -510,8 +500,6 @@ class LADD(mdlm.MDLM):
 
 def refuse(c, channel):
     """ValueError for values that do not go together."""
-    if c.schedule not in Codes.schedules:
-        raise ValueError(f'schedule is one of {", ".join(Codes.schedules)} for LADD, not {c.schedule!r}')
     if c.latent_schedule not in channel.schedules:
         raise ValueError(f'latent_schedule is one of {", ".join(channel.schedules)} for {channel.name}, '
                          f'not {c.latent_schedule!r}')
@@ -524,7 +512,7 @@ def refuse(c, channel):
     if c.stored_latents and c.encoder_dropout:
         raise ValueError('encoder_dropout blanks what the mask of each step hides, which stored latents '
                          'cannot: stored_latents=True wants encoder_dropout=False')
-    if c.vq_start and c.vq_start >= c.stage1_iters:
+    if c.latent == 'discrete' and c.vq_start and c.vq_start >= c.stage1_iters:
         raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than '
                          f'stage1_iters={c.stage1_iters}')
 
@@ -533,7 +521,10 @@ def refuse(c, channel):
 # encoders: LADD appendix D
 
 class Encoder(nn.Module):
-    """Learned: a DiT over the tokens and M extra positions, whose last M outputs are the latent."""
+    """Learned: a DiT over the tokens and M query positions; its outputs at these are the latent.
+
+    Our choice: the paper reads the last M token positions.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -558,7 +549,7 @@ class Encoder(nn.Module):
 class FrozenEncoder(nn.Module):
     """Pretrained: its states, pooled to M and cut to their first D coordinates. M = L is the setting of CCDD.
 
-    A module without weights: the encoder is attached when texts are to be encoded, and is nobody's parameter.
+    A module without weights: the encoder is attached when there is text to encode, and is no submodule.
     So no checkpoint holds it, no optimizer or .train() reaches it, and sampling does without it.
     """
 
@@ -637,8 +628,7 @@ class Quantizer(nn.Module):
     def learn(self, finite, noise):
         """Once per step, by the vectors of the whole global batch: so every process makes the same move."""
         if self.met:
-            # micro-batches and processes interleave: (b, micro, ...) -> (b, micro, W, ...) is the batch's
-            # order
+            # micro-batches, then processes, interleave in the batch's order: (b, micro, W, ...)
             e, codes = (torch.stack(parts, dim=1) for parts in zip(*self.met))
             e, codes = (gathered(part.flatten(0, 1)) for part in (e, codes))
             self.update(e.flatten(0, 2), codes.flatten(), finite, noise)
@@ -647,14 +637,18 @@ class Quantizer(nn.Module):
     def tally(self, e, codes):
         """How many of the vectors e (N, D) chose each code, and their sum: codes (N,) -> (K,), (K, D).
 
-        By products with 0 and 1: index_add_ is nondeterministic on a GPU, so codebooks of processes would
-        diverge.
+        By products with 0 and 1, since index_add_ is nondeterministic on a GPU: codebooks would diverge.
         """
         counts, sums = 0, 0
         for part, chosen in zip(e.split(self.at_once), codes.split(self.at_once)):
             chosen = F.one_hot(chosen, len(self.codebook)).to(e.dtype)
             counts, sums = counts + chosen.sum(dim=0), sums + chosen.T @ part
         return counts, sums
+
+    def some_of(self, e, noise, name):
+        """For each code one of the vectors e (N, D), none twice if there are enough: (K, D)."""
+        K = len(self.codebook)
+        return e[noise.permutation(name, max(len(e), K))[:K] % len(e)]
 
     @in_fp32
     def update(self, e, codes, finite, noise):
@@ -664,7 +658,7 @@ class Quantizer(nn.Module):
         sums = self.sums.lerp(new_sums, 1 - self.decay)
         # a code that hardly any vector chooses restarts at a random vector of the batch
         dead = counts < self.dead_below
-        fresh = e[noise.permutation('revive', max(len(e), len(dead)))[:len(dead)] % len(e)]
+        fresh = self.some_of(e, noise, 'revive')
         counts = torch.where(dead, self.dead_below, counts)
         sums = torch.where(dead[:, None], self.dead_below * fresh, sums)
         codebook = F.normalize(sums, dim=-1)
@@ -678,8 +672,7 @@ class Quantizer(nn.Module):
 
         batch_vectors: how many vectors a training batch has, the unit of `counts`.
         """
-        K = len(self.codebook)
-        self.codebook[:] = e[noise.permutation('k-means', max(len(e), K))[:K] % len(e)]
+        self.codebook[:] = self.some_of(e, noise, 'k-means')
         for _ in range(iterations):
             counts, sums = self.tally(e, self.nearest(e))
             self.codebook[:] = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), self.codebook)

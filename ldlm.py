@@ -1,6 +1,6 @@
 """
-LDLM: latent diffusion trained jointly with its latent space (How to Train Your Latent Diffusion Language
-Model).
+LDLM: latent diffusion trained jointly with its latent space
+(How to Train Your Latent Diffusion Language Model).
 
     h = token encoder(x)      frozen and pretrained, each feature scaled to mean 0 and variance 1
     z = E(h)                  one latent per token
@@ -248,8 +248,7 @@ class Config(Keys):
     # the autoencoder; its heads are as wide as the denoiser's
     # a hub id, a folder, or out/NAME of our AR | scratch: trained embeddings
     token_encoder: str = key('gpt2', meaning=True)
-    # which of its hidden states: -1 the output, -3 the paper's third to last, 0 its embeddings, with its
-    # positions
+    # which of its hidden states: -1 the output, -3 the paper's third to last, 0 its embeddings
     layer: int = key(-3, meaning=True, only={'token_encoder': Not(['scratch'])})
     latent_dim: int = key(768, at_least=1)  # D: width of z and of h, which the token encoder decides
     latent_encoder: str = key('perceiver', choices=('perceiver', 'attention', 'none'))  # none: z = h
@@ -310,8 +309,7 @@ class LDLM(Method):
         self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, L, dropout=c.dropout)
         self.z_out = nn.Linear(c.hidden, D)
         self.times = AdaptiveTimes(c.adaptive_bins, c.adaptive_memory, c.adaptive_floor)
-        # begin_step sets it; a tensor, since a compiled step that saw a number would be recompiled for each
-        # new one
+        # begin_step sets it; a tensor, since a compiled step would be recompiled for each new number
         self.register_buffer('gamma', torch.ones(()), persistent=False)
         for layer in (self.head, self.z_out):
             nn.init.zeros_(layer.weight)

@@ -58,10 +58,11 @@ def wide(device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`, x_t int64 and where bool,
-# (n, L) A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1
-# outcomes. It is safe in low precision, which Gumbel noise in fp32 over 50k words is not, and the
-# vocabulary head runs only where a token is about to appear.
+# samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`; x_t int64, where bool (n, L)
+#
+# A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1
+# outcomes. It is safe in low precision, which Gumbel noise in fp32 over 50k words is not, and the vocabulary
+# head runs only where a token is about to appear.
 
 def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits (R, V) -> int64 (R,).
@@ -182,13 +183,14 @@ class MDLM(Method):
         nn.init.zeros_(self.head.bias)
 
     def corrupt(self, x, t, noise):
-        """q(x_t | x_0): x (b, L), t (b,) -> x_t with [mask]s, and where they are (b, L)."""
+        """q(x_t | x_0), LADD eq. (43): x (b, L), t (b,) -> x_t with [mask]s, and where they are (b, L)."""
         mask = noise.uniform('mask', x.shape[1]) < 1 - alpha(t, self.config.schedule)[:, None]
         return x.masked_fill(mask, self.mask_id), mask
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
-        t = times_from(1e-4, noise.times('t_x', shuffled=False))  # as in the official code: the weight is 1/t
+        # t >= 1e-4, as in the official code, keeps the weight 1/t finite
+        t = times_from(1e-4, noise.times('t_x', shuffled=False))
         x_t, mask = self.corrupt(x, t, noise)
         h = self.dit(self.embed(x_t))                                                  # (b, L, d)
         loss, overflow = self.token_loss(h, x, mask, t)
@@ -220,14 +222,11 @@ class MDLM(Method):
         return nats.sum(dim=1)
 
     def reconstruction(self, x, noise):
-        """E[-log p(x_0 | x_t)] at t = 0, LADD eq.
-
-        (53): nothing unless alpha_0 < 1 (the geometric schedule).
-        """
+        """E[-log p(x_0 | x_t)] at t = 0, LADD eq. (53): zero unless alpha_0 < 1 (geometric schedule)."""
         if self.config.schedule != 'geometric':
             return 0.0
-        x_0, mask = self.corrupt(x, torch.zeros(len(x), device=x.device), noise)
-        return self.masked_nll(self.dit(self.embed(x_0)), x, mask)
+        x_t, mask = self.corrupt(x, torch.zeros(len(x), device=x.device), noise)
+        return self.masked_nll(self.dit(self.embed(x_t)), x, mask)
 
     def denoise(self, x_t, where):
         """Logits (where.sum(), V) at the positions where; sequences in which nothing is asked are skipped."""
@@ -253,7 +252,10 @@ class MDLM(Method):
         return self.config.block_size if sampler == 'first_hitting' else steps
 
     def training_flops(self, L):
-        """Half of the positions are masked on average, and only they reach the head."""
+        """6: two FLOPs per multiply-add, times forward and backward, which costs twice as much.
+
+        The head sees L / 2 positions, the mean of the linear schedule.
+        """
         return 6 * (self.flops(L) + L / 2 * self.config.hidden * self.config.vocab_size)
 
 
@@ -270,15 +272,15 @@ def masked_rows(mask, stratified=True):
 
     A fixed shape keeps the step free of host synchronisation and recompilation. For stratified times the
     number of slots is the mean count, plus the most that the common offset of b evenly spaced times can add
-    to it, plus 6 sigma of the coin flips; for other times it is every position. -> rows (R,) int64, used
-    (R,) bool, overflow: how many masked positions found no slot
+    to it, plus 6 sigma of the coin flips; for other times it is every position.
+
+    -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
     """
     b, L = mask.shape
     capacity = min(b * L, int(b * L / 2 + L / 2 + 6 * (b * L / 6) ** 0.5) + 1) if stratified else b * L
     flat = mask.flatten()
     if mask.device.type == 'cpu' and not torch.compiler.is_compiling():
-        # nothing to synchronise with: drop empty slots, but keep to a few sizes, for which the CPU caches
-        # kernels
+        # nothing to synchronise with: drop empty slots, but keep to a few sizes, whose kernels are cached
         capacity = min(capacity, int(flat.sum()) // 64 * 64 + 64)
     rows = flat.int().argsort(descending=True, stable=True)[:capacity]  # masked positions first
     return rows, flat[rows], (flat.sum() - capacity).clamp(min=0)

@@ -30,8 +30,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, causal):
     """softmax(q k^T / sqrt(head_dim)) v, each (B, H, S, head_dim)."""
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
-        # PyTorch's fused kernel is slow here: spelled out, a step takes a third to a fifth of its time at S
-        # = 128
+        # PyTorch's fused kernel is slow here; at S = 128 this takes a third to a fifth of its time
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
         if causal:
             scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
@@ -134,13 +133,12 @@ class DiT(nn.Module):
         """xs: per modality (B, S_i, d) -> hidden states, one (B, S_i, d) per modality.
 
         t: per modality times (B,), or None for a constant 0
-        caches: one list [k, v] per block, each (B, H, positions so far, d / H), grown in place (causal
-        sampling) depth: stop after that many blocks, without the last norm (of one modality)
+        caches: one list [k, v] per block, each (B, H, positions so far, d / H), grown in place
+        depth: stop after that many blocks, without the last norm (of one modality)
         """
         S = sum(x.shape[1] for x in xs)
         ts = t or [None] * len(xs)
-        # a constant time makes one conditioning vector for the whole batch: (1, cond_dim), broadcast in
-        # every block
+        # a constant time makes one conditioning vector for the whole batch: (1, cond_dim)
         cs = [embed(xs[0].new_zeros(1) if t is None else t) for embed, t in zip(self.time, ts)]
         start = caches[0][0].shape[2] if caches else 0
         cos, sin = self.cos[start:start + S], self.sin[start:start + S]
@@ -152,7 +150,10 @@ class DiT(nn.Module):
         return hs[0] if len(hs) == 1 else hs
 
     def flops(self, S):
-        """Forward FLOPs for S positions as the papers count: one per fused multiply-add, no head."""
+        """Forward FLOPs for S positions, LADD eq. (77), without heads.
+
+        One per multiply-add: the text says two, but only one reproduces its table 12.
+        """
         return self.num_layers * (12 * S * self.hidden**2 + 2 * S**2 * self.hidden)
 
 

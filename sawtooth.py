@@ -1,8 +1,7 @@
 """
 Sawtooth: a toy language of which everything is known (LADD section 5.1, appendix E.1).
 
-A text is L = 128 coin flips whose bias is a triangle wave, k = 2 periods long, shifted by one random number
-w:
+A text is L = 128 coin flips whose bias is a triangle wave, k = 2 periods long, shifted by a random w:
     s_l = k ((l / L + w) mod 1) mod 1,    p(x_l = 1 | w) = m + (1 - 2m)(1 - |2 s_l - 1|),    w ~ U[0, 1)
                                                                                           LADD eq. (78), (79)
 Given w the tokens are independent; without it each is a fair coin. So the shift is all there is to learn,
@@ -201,8 +200,7 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
         if kind == 'MDLM':
             texts.append(ancestral(exact.denoise, x, alphas, 2, generator=g))
             continue
-        # seq: the shift is drawn first, uniformly; the same sampler then has nothing left to do for the
-        # latent
+        # seq: the shift is drawn first, uniformly; then the sampler has nothing left to do for the latent
         z = torch.randint(P, (len(x), 1), generator=g) if kind == 'seq' else torch.full((len(x), 1), P)
         texts.append(joint(exact.joint_denoise, x, z, steps, alphas, latent_step, 2, generator=g))
     return torch.cat(texts)

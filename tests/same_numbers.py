@@ -8,7 +8,7 @@ Proof that a change moved no number: every config at toy size, by two checkouts,
 
 A CONFIG is the name of a file of config/ without .py, by default every one; a checkout is by default the one
 that this file is in. Of each config: 20 steps of training (both stages, k-means, new adaptive times), 5 more
-from a copy of the checkpoint, and 16 samples of each strategy. `compare` trains anew, but resumes and samples
+from a copy of the checkpoint, and 128 samples of each strategy. `compare` trains anew, but resumes and samples
 from the recorded checkpoint: so it also tests that the checkout reads what another edition wrote.
 
 All it knows of a checkout is the command line of train.py, sample.py and data/text/prepare.py, log.jsonl, and
@@ -32,7 +32,7 @@ import numpy as np
 
 # one thread: with more, the order of sums would be anybody's
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
-STEPS, MORE = 20, 5
+STEPS, MORE, SAMPLES = 20, 5, 128
 ENCODER = 'text_ar'  # LADD and LDLM read the states of its run
 SIZES = dict(block_size=32, hidden=32, num_layers=3, num_heads=2, cond_dim=8, encoder_layers=1, num_latents=4,
              latent_dim=8, codebook_size=7, latent_layers=1, decoder_layers=1, stage1_iters=10, vq_start=5)
@@ -61,12 +61,12 @@ def toy(checkout, folder, name):
         keys.update(micro_batch=4)
     if data == 'openwebtext' and 'num_latents' in config:
         keys.update(num_latents=SIZES['block_size'])  # one for each token
-    if method == 'ldlm':  # as wide as the encoder; and its latents must not vanish, or all samples are alike
-        keys.update(latent_dim=SIZES['hidden'], adaptive_bins=4, adaptive_every=6, learning_rate=0.003,
-                    encoder_warmup=30, sigma_dec=0.1)
+    if method == 'ldlm':  # as wide as the encoder
+        keys.update(latent_dim=SIZES['hidden'], adaptive_bins=4, adaptive_every=6, encoder_warmup=30)
     else:
         keys.update(eval_seqs=16)
-    sample = ['--device=cpu', '--seed=0', '--num_samples=16', *['--steps=4'] * (method != 'ar')]
+    sample = ['--device=cpu', '--seed=0', f'--num_samples={SAMPLES}', f'--batch_size={SAMPLES}']
+    sample += ['--steps=4'] * (method != 'ar')
     strategies = {'joint': sample}
     if method == 'ladd':
         strategies = {'joint': [*sample, '--strategy=joint'],
@@ -108,9 +108,22 @@ def train(checkout, args, out_dir, steps):
             if r['step'] > (STEPS if before else 0)]
 
 
+def shake(run_dir):
+    """run_dir/shaken: its checkpoint with noise on all averaged weights. After 20 steps samples hardly depend on
+    what the network says, let alone on a latent, and a wrong sampler might draw the same tokens."""
+    import torch
+    checkpoint, g = torch.load(run_dir / 'ckpt.pt', weights_only=True), torch.Generator().manual_seed(0)
+    for weight in checkpoint['ema'].values():
+        weight += 0.3 * torch.randn(weight.shape, generator=g)
+    (run_dir / 'shaken').mkdir()
+    torch.save(checkpoint, run_dir / 'shaken' / 'ckpt.pt')
+
+
 def measure(checkout, args, strategies, out_dir, run_dir):
     """Trains in out_dir; resumes a copy of run_dir, and samples from it. -> {part: its records or samples}"""
     trained = train(checkout, args, out_dir, STEPS)
+    if not (run_dir / 'shaken').exists():
+        shake(run_dir)
     with tempfile.TemporaryDirectory() as copy:
         for file in ('ckpt.pt', 'log.jsonl'):
             shutil.copy(run_dir / file, copy)
@@ -120,7 +133,7 @@ def measure(checkout, args, strategies, out_dir, run_dir):
                  'resumed': [r for r in resumed if 'loss' in r]}
         for strategy, options in strategies.items():
             file = f'{copy}/{strategy}.npy'
-            run(checkout, 'sample.py', f'--out_dir={run_dir}', *options, f'--save={file}')
+            run(checkout, 'sample.py', f'--out_dir={run_dir / "shaken"}', *options, f'--save={file}')
             parts[f'samples {strategy}'] = np.load(file).tolist()
     return parts
 
@@ -152,7 +165,7 @@ def check(parts):
         assert all(isinstance(x, float) and math.isfinite(x) for x in numbers), 'a loss is not finite'
         assert len(set(numbers)) == len(numbers), 'two losses are alike'
     for samples in [rows for part, rows in parts.items() if part.startswith('samples')]:
-        assert len(samples) == 16 and len(set(map(tuple, samples))) > 4, 'the samples are alike'
+        assert len(samples) == SAMPLES and len(set(map(tuple, samples))) > SAMPLES / 8, 'the samples are alike'
 
 
 def difference(old, new):

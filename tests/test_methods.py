@@ -322,7 +322,7 @@ def test_adaptive_times_count_the_step_if_it_was_finite(micro):
                 method(x[rows], noise[rows])
             assert unchanged(method, before)
             method.end_step(finite, noise)
-            assert unchanged(method, before) != finite and not method.times.new.any()
+            assert unchanged(method, before) != finite and method.times.met == []
             t, losses = (torch.cat([args[i] for args, _ in tracked]) for i in (0, 1))
             assert torch.equal(t, torch.cat([result for _, result in drawn]))
             del method.times.__dict__['draw'], method.times.__dict__['track']
@@ -416,8 +416,8 @@ def other_values(Class, name, value):
         return [not value]
     if name == 'latent_schedule':
         return [v for v in ('vp_linear', 'vp_cosine', 'vp_sqrt', 'linear', 'polynomial') if v != value]
-    if isinstance(value, str):
-        return ['', 'another'] if name == 'encoder' and value else ['scratch', 'another'][name == 'encoder':]
+    if isinstance(value, str):  # an encoder
+        return [v for v in ('' if name == 'encoder' else 'scratch', 'another') if v != value]
     if name in OTHERS and OTHERS[name] != value:
         return [OTHERS[name]]
     return [value + 1] if isinstance(value, int) else [value / 2 + 0.1]

@@ -301,14 +301,19 @@ def test_another_shape_is_refused_with_the_way_out(arg):
 
 
 def test_another_meaning_of_the_weights_is_refused(monkeypatch, capsys):
-    """Shapes do not show it: as many other characters, another length or noise of the latents."""
+    """Shapes do not show it: as many other characters, other texts, another length or noise of the latents."""
     monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abcd', 'eos': False})
+    monkeypatch.setattr(Toy, 'sha256', 'one', raising=False)
     args = [*TOY_METHODS['co_ladd'], '--max_iters=1']
     go('a', *args)
     assert 'no bound' in capsys.readouterr().out
     for arg in ('--unit_norm=False', '--latent_length=2', '--latent_schedule=vp_linear'):
         with pytest.raises(UserError, match=f'not {arg[2:]}'):
             go('a', *args, arg)
+    with monkeypatch.context() as m:
+        m.setattr(Toy, 'sha256', 'another')
+        with pytest.raises(UserError, match='data_sha256=one, not data_sha256=another'):
+            go('a', *args)
     monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abdc', 'eos': False})
     with pytest.raises(UserError, match="'abcd'.* not tokenizer=.*'abdc'"):
         go('a', *args)
