@@ -8,8 +8,8 @@ Given w the tokens are independent; without it each is a fair coin. So the shift
 and a good latent is w. A mixture over one number can be integrated: the exact p(x_l | visible tokens) is
 here, as a denoiser that fits the samplers.
 
-    python sawtooth.py out/sawtooth_*     the paper's Table 1 and Figure 2 of those runs; a .jsonl among them
-                                          adds kept results
+    python sawtooth.py out/sawtooth_*     the paper's Table 1 and Figure 2 for those runs; a .jsonl among
+                                          them adds kept results
 """
 import functools
 import json
@@ -168,7 +168,7 @@ def token_losses(method, n, batch=256):
 def gap_to_exact(method, n=2048):
     """KL from the exact denoiser to MDLM's, nats per masked token, half of the tokens visible -> records.
 
-    Of data, and of fair coin flips. Likelihood training asks for the first only; the second is what a
+    On data, and on fair coin flips. Likelihood training asks for the first only; the second is what a
     sampler of two steps shows the network, because its first step sees nothing.
     """
     device, exact = next(method.parameters()).device, Exact()
@@ -176,7 +176,7 @@ def gap_to_exact(method, n=2048):
     coins = (noise.uniform('coins', L) < 0.5).long()
     for kind, x in ('data', Sawtooth('gap').texts(n)), ('coins', coins):
         x_t = torch.where(noise.uniform('visible', L) < 0.5, x, 2)
-        with torch.autocast('cpu', enabled=False):  # what is exact is not to be rounded
+        with torch.autocast('cpu', enabled=False):  # exact values are not to be rounded
             p = exact.denoise(x_t, x_t == 2).log_softmax(dim=-1)
         logits = torch.cat([method.denoise(part, part == 2) for part in x_t.to(device).split(128)])
         q = logits.cpu().float().log_softmax(dim=-1)
@@ -274,17 +274,16 @@ def print_tables(records):
 def figure(records, path):
     """LADD figure 2: SWD against token steps.
 
-    Lines: trained, mean over seeds; dashes: exact; grey: the floor.
+    Lines: trained, mean and range over seeds; dashes: exact; grey: the floor.
     """
-    from lib.plot import log_scale, plt, save
+    from lib.plot import curve, log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
               'exact joint ahead': 'C7'}
     chart = plt.figure(figsize=(7, 4.2))
-    for name, curve in curves(records).items():
+    for name, values in curves(records).items():
         style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
-        means = [np.mean(v) for v in curve.values()]
-        plt.plot(list(curve), means, color=colors.get(name), label=name, **style)
+        curve(plt.gca(), list(values), list(values.values()), color=colors.get(name), label=name, **style)
     floor = np.mean([r['swd'] for r in records if r['name'] == 'data'])
     plt.axhline(floor, color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
@@ -367,7 +366,7 @@ def measure(out_dir, c, steps, panels):
         if method.name == 'MDLM' and not any('kl' in r for r in records):
             keep(*gap_to_exact(method))
         for strategy in method.strategies:
-            for T in steps if strategy == 'joint' else [T for T in steps if T <= 8]:  # then seq stays
+            for T in steps if strategy == 'joint' else [T for T in steps if T <= 8]:  # seq is flat
                 if not any(r.get('steps') == T and r['strategy'] == strategy for r in records):
                     keep(dict(strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy))))
             for T in (1, 2):
