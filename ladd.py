@@ -100,14 +100,14 @@ FROZEN, STAGE1 = {'encoder': Not([''])}, {'stage1_iters': Not([0])}
 
 @dataclass
 class Config(mdlm.Config):
-    # of the tokens; not geometric, whose alpha_0 < 1 would owe a reconstruction term
+    # of the tokens; not geometric: with alpha_0 < 1 the bound would need a reconstruction term, too
     schedule: str = key('linear', choices=('linear', 'polynomial'))
     latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
     num_latents: int = key(1, at_least=1, meaning=True)  # M
     latent_dim: int = key(32, at_least=1)  # D
     latent_schedule: str = key('vp_sqrt', meaning=True)  # see Vectors.schedules and Codes.schedules
     codebook_size: int = key(511, at_least=1, only=DI)  # K; the paper's 512 counts the mask
-    vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; small batches want more
+    vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; small batches need more
     dead_below: float = key(2.0, above=0, only=DI)  # a code chosen less often than this per batch restarts
     # '' for a learned encoder, or the name of a frozen one: hub id, folder, or out/NAME of our AR
     encoder: str = key('', meaning=True)
@@ -153,7 +153,7 @@ class Vectors:
         self.config, self.outputs = config, config.latent_dim
 
     def parts(self):
-        """What LADD has to train and store for it: {name: module or weight}."""
+        """What LADD has to train and store for this channel: {name: module or weight}."""
         return {}
 
     def normalised(self, e):
@@ -167,7 +167,7 @@ class Vectors:
         return z
 
     def time(self, t):
-        """What the network is told of the noise: Gaussian latents need their time."""
+        """What the network is told about the noise level: Gaussian latents do not show it, so their time."""
         return t
 
     def corrupt(self, z_0, t, noise):
@@ -176,7 +176,7 @@ class Vectors:
         return a * z_0 + (1 - a**2).sqrt() * noise.normal('eps', *z_0.shape[1:])
 
     def noised(self, e, t, noise, learning):
-        """Some texts lose their latent as in the official code: z_t = 0, and no latent loss.
+        """Some texts lose their latent, as in the official code: z_t = 0, and no latent loss.
 
         The paper noises the null latent, LADD eq. (76), and keeps the loss.
         """
@@ -203,7 +203,7 @@ class Vectors:
 
 class Codes:
     """Di-LADD: masked diffusion of codes z (b, M), where K = codebook_size stands for [mask]."""
-    # not geometric: alpha_0 < 1 would owe the channel a reconstruction term
+    # not geometric: with alpha_0 < 1 the bound of the codes would need a reconstruction term, too
     name, likelihood, schedules = 'Di-LADD', 'bound', ('linear', 'polynomial')
 
     def __init__(self, config):
@@ -213,7 +213,7 @@ class Codes:
     def parts(self):
         c = self.config
         self.quantizer = Quantizer(c.codebook_size, c.latent_dim, c.vq_decay, dead_below=c.dead_below)
-        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # of a code's length
+        self.z_mask = nn.Parameter(torch.randn(c.latent_dim) * c.latent_dim**-0.5)  # about as long as a code
         return {'quantizer': self.quantizer, 'z_mask': self.z_mask}
 
     def normalised(self, e):
@@ -227,7 +227,7 @@ class Codes:
         return torch.cat((self.quantizer.codebook, self.z_mask[None]))[z]
 
     def time(self, t):
-        """[mask]s show how noisy the codes are."""
+        """Nothing: the [mask]s show how noisy the codes are."""
         return None
 
     def corrupt(self, z_0, t, noise):
@@ -372,9 +372,9 @@ class LADD(mdlm.MDLM):
         return t_x, noise.times('t_z') if c.times == 'independent' else t_x
 
     def forward(self, x, noise, z_0=None):
-        """Training loss of x (b, L) int64, LADD eq.
+        """Training loss of x (b, L) int64, LADD eq. (14), and logs.
 
-        (14), and logs. z_0: stored latents (b, M, D), instead of encoding x.
+        z_0: stored latents (b, M, D), instead of encoding x.
         """
         c, stage1 = self.config, self.stage == 1
         t_x, t_z = self.draw_times(noise)
@@ -410,8 +410,8 @@ class LADD(mdlm.MDLM):
         """Tokens and codes of the negative ELBO of a strategy, one time each, nats per sequence (b,).
 
         joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
-        The tokens alone are the papers' "data" likelihood, and all that Co-LADD has. It is no bound on
-        -log p(x): the latent that it is given was read off x.
+        The token part alone is the papers' "data" likelihood, and all that Co-LADD has. It is no bound on
+        -log p(x): the latent that the tokens are given was read off x.
         """
         z_0 = self.channel.state(self.encode(x, stored=z_0))
         t = noise.times('t_x')
@@ -547,7 +547,7 @@ class Encoder(nn.Module):
 
 
 class FrozenEncoder(nn.Module):
-    """Pretrained: its states, pooled to M and cut to their first D coordinates. M = L is the setting of CCDD.
+    """Pretrained: its states, pooled to M and cut to their first D coordinates. M = L is as in CCDD.
 
     A module without weights: the encoder is attached when there is text to encode, and is no submodule.
     So no checkpoint holds it, no optimizer or .train() reaches it, and sampling does without it.
@@ -579,7 +579,7 @@ class FrozenEncoder(nn.Module):
 # the vector quantizer of Di-LADD: LADD appendix C.2
 
 def in_fp32(method):
-    """Keeps autocast out: the choice of codes and their running averages want more than bf16."""
+    """Keeps autocast out: choosing codes and averaging them need more precision than bf16."""
     @functools.wraps(method)
     def inner(self, e, *args, **kwargs):
         with torch.autocast(e.device.type, enabled=False):

@@ -9,7 +9,7 @@ LDLM: latent diffusion trained jointly with its latent space
     loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                             LDLM eq. (1) - (4)
 
 With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the
-recipe prevent that, a key each:
+recipe prevent that, each with its own key:
     reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep, so latents of
                            similar states may be similar
     encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the
@@ -17,9 +17,9 @@ recipe prevent that, a key each:
     adaptive_t             times are drawn so that the loss rises evenly over them
     sigma_dec              noise in the decoder's input: only large and smooth latents can be read through it
 Sampling runs the denoiser from noise to z_0 and decodes once. There is no likelihood.
-The paper's text lost its formulas. Where a value comes from is marked [paper], [second-hand], [family]
-(code by the same authors), [checked] (derived, and confirmed by a number that survives) or [choice]. Read
-in this order: schedule, samplers, adaptive times, transformer, class LDLM.
+The text of the paper that we worked from had lost its formulas. Where a value comes from is marked [paper],
+[second-hand], [family] (other code by the same authors), [checked] (derived, and confirmed by a number that
+survives) or [choice] (ours). Read in this order: schedule, samplers, adaptive times, transformer, class LDLM.
 """
 import math
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def beta(t, d=3.0):
 
 # ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions over `denoise(z_t, t, z_self) -> z_0 hat`, all latents (n, L, D), t a scalar, one
-# call per step z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al.,
+# call per step. z_self is the estimate of the step before, at first zeros (self-conditioning, Chen et al.,
 # 2023, arXiv:2208.04202). callback(i, z_0 hat) sees every step.
 
 T_END = 0.05  # where Euler-Maruyama stops [family]
@@ -64,10 +64,10 @@ T_END = 0.05  # where Euler-Maruyama stops [family]
 def euler_maruyama(denoise, z, steps, d=3.0, generator=None, callback=None):
     """The reverse SDE on a uniform grid from t = 1 to .05 -> mean of the last step, last z_0 hat.
 
-    The mean is what the family decodes, a latent that still has the noise of t = .05. The paper says "a clean
-    latent prediction". With few steps beta dt is large and overshoots: on the way z has up to 2.4 times the
-    variance of z_t with 16 steps, 6.7 times with 8 (exact, for Gaussian latents of variance 1). There ddim is
-    worth a try.
+    The mean is what the authors' other code decodes, a latent that still has the noise of t = .05. The paper
+    says "a clean latent prediction". With few steps beta dt is large and overshoots: on the way z has up to
+    2.4 times the variance of z_t with 16 steps, 6.7 times with 8 (exact, for Gaussian latents of variance 1).
+    With so few, ddim is worth a try.
     """
     times, z_hat = 1 - (1 - T_END) * (1 - time_grid(steps, z.device)), torch.zeros_like(z)
     for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
@@ -227,7 +227,7 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # the method
 
-STATE_TOKENS = 2**16  # whose states give mean and variance [choice; paper: the whole data set's]
+STATE_TOKENS = 2**16  # how many give the states' mean and variance [choice; paper: the whole data set]
 TRAINS_DENOISER, TRAINS_AUTOENCODER = ('joint', 'diffusion'), ('joint', 'autoencoder')
 ADAPTIVE = {'adaptive_t': True, 'stage': TRAINS_DENOISER}
 
@@ -242,7 +242,7 @@ class Config(Keys):
     num_heads: int = key(12, at_least=1, meaning=True)
     cond_dim: int = key(768, at_least=1)
     dropout: float = key(0.0, at_least=0, below=1)
-    # share of texts whose denoiser sees its own first estimate [second-hand; the paper's text lost it]
+    # share of texts for which the denoiser sees its own first estimate [second-hand; our text lacks it]
     self_conditioning: float = key(0.5, at_least=0, at_most=1, only={'stage': TRAINS_DENOISER})
     tangent: float = key(3.0, above=0, meaning=True, only={'stage': Not(['autoencoder'])})  # d [second-hand]
     # the autoencoder; its heads are as wide as the denoiser's
@@ -252,13 +252,13 @@ class Config(Keys):
     layer: int = key(-3, meaning=True, only={'token_encoder': Not(['scratch'])})
     latent_dim: int = key(768, at_least=1)  # D: width of z and of h, which the token encoder decides
     latent_encoder: str = key('perceiver', choices=('perceiver', 'attention', 'none'))  # none: z = h
-    latent_layers: int = key(6, at_least=1, only={'latent_encoder': Not(['none'])})  # of encoder, of decoder
+    latent_layers: int = key(6, at_least=1, only={'latent_encoder': Not(['none'])})  # of both halves
     decoder_layers: int = key(3, at_least=0)  # of the token decoder under its vocabulary head
     # what the token decoder reads: states h_hat | latents, without the latent decoder (appendix B.2)
     decode_from: str = key('states', choices=('states', 'latents'), meaning=True)
     # the recipe; with ce the token loss reaches decoder and encoder
     reconstruction: str = key('mse', choices=('mse', 'ce', 'both'), only={'stage': TRAINS_AUTOENCODER})
-    # steps in which gamma rises to 1, 0: none [paper, of its ablations]; it is about latents that are trained
+    # steps in which gamma rises to 1; 0: none [paper, for its ablations]; for trained latents
     encoder_warmup: int = key(10000, at_least=0, only=[{'stage': 'joint', 'latent_encoder': Not(['none'])},
                                                        {'stage': 'joint', 'token_encoder': 'scratch'}])
     adaptive_t: bool = key(True, only={'stage': TRAINS_DENOISER})
@@ -271,7 +271,7 @@ class Config(Keys):
     # decoder; --init_from=out/OTHER brings the part that is frozen
     stage: str = key('joint', choices=('joint', 'autoencoder', 'diffusion', 'decoder'), meaning=True)
     token_loss: bool = key(True, only={'stage': TRAINS_AUTOENCODER})  # False: left for stage=decoder
-    # share of places whose h the encoder does not see in training (COSMOS, its smoothing) [choice]
+    # share of places whose h the encoder does not see in training (the smoothing of COSMOS) [choice]
     mask_states: float = key(0.0, at_least=0, at_most=1, only={'stage': TRAINS_AUTOENCODER})
 
 
@@ -382,7 +382,7 @@ class LDLM(Method):
 
     @torch.no_grad()
     def begin_step(self, step, noise, draw_rows):
-        """gamma and times for this step; before the first, statistics of the states, unless there already."""
+        """gamma and times for this step; before the first, the states' statistics, unless already there."""
         c = self.config
         self.gamma.fill_(warmup(step, c.encoder_warmup))
         self.times.forget()
@@ -429,7 +429,7 @@ class LDLM(Method):
         """LDLM eq. (1) for clean latents z (b, L, D) -> scalar.
 
         What flows back into z is gamma times the gradient: appendix A.2, eq. (28), in a form that leaves the
-        value exactly z. It is input *and* target.
+        value exactly z. So z is input *and* target.
         """
         c = self.config
         z = z.detach() + self.gamma * (z - z.detach())
@@ -468,12 +468,12 @@ class LDLM(Method):
         return losses, accuracy
 
     def token_loss(self, source, x):
-        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq.
+        """Cross-entropy per token of x (b, L) given h_hat or z (b, L, D), LDLM eq. (3).
 
-        (3); accuracy at 64 places of the batch.
+        And the accuracy at 64 places of the batch.
         """
         h, ids = self.token_decoder(source).flatten(0, 1), x.flatten()
-        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not first places only
+        some = torch.arange(0, len(ids), len(ids) // 64 + 1, device=x.device)  # + 1: not only first places
         with torch.no_grad():
             accuracy = (self.head(h[some]).argmax(dim=-1) == ids[some]).float().mean()
         weights = torch.full_like(ids, 1 / len(ids), dtype=torch.float32)
@@ -550,9 +550,9 @@ def refuse(c):
 
 
 def warmup(step, length, midpoint=0.8, steepness=10.0):
-    """gamma(s), a sigmoid stretched to reach 0 at step 0 and 1 at `length`, LDLM eq.
+    """gamma(s), a sigmoid stretched to rise from 0 to 1 in `length` steps.
 
-    (29), (30) [second-hand].
+    LDLM eq. (29), (30) [second-hand].
     """
     def S(x):
         return 1 / (1 + math.exp(-steepness * (x - midpoint)))

@@ -7,8 +7,9 @@ MDLM: masked discrete diffusion for text (Sahoo et al., 2024, arXiv:2406.07524; 
     sampler     start from all [mask]; from t to s < t reveal each masked position with probability
                 (alpha_s - alpha_t) / (1 - alpha_t), drawing its token from the denoiser         LADD eq. (47)
 
-The SUBS parameterisation needs no code: the head has no output for [mask], and it is asked about masked
-positions only. Read in this order: schedules, samplers, class MDLM, the rows of the loss.
+The paper's SUBS parameterisation (never predict [mask], never change a visible token) needs no code: the
+head has no output for [mask], and it is asked about masked positions only. Read in this order: schedules,
+samplers, class MDLM, times and rows of the loss.
 """
 import functools
 from dataclasses import dataclass
@@ -60,14 +61,14 @@ def wide(device):
 # ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions over `denoise(x_t, where) -> logits (where.sum(), V)`; x_t int64, where bool (n, L)
 #
-# A position is revealed by two draws: "now?", then its token. That is the law of one draw over V + 1
-# outcomes. It is safe in low precision, which Gumbel noise in fp32 over 50k words is not, and the vocabulary
-# head runs only where a token is about to appear.
+# A position is revealed by two draws: "now?", then its token. Together they have the distribution of one draw
+# over V + 1 outcomes. Unlike Gumbel noise in fp32 over 50k words, they are safe in low precision, and the
+# vocabulary head runs only where a token is about to appear.
 
 def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits (R, V) -> int64 (R,).
 
-    temperature 0 takes the mode; top_p < 1 keeps the nucleus.
+    temperature 0 takes the likeliest token; top_p < 1 keeps the nucleus: the fewest that have it together.
     """
     logits = logits.to(wide(logits.device))
     if temperature == 0:
@@ -85,8 +86,8 @@ def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):
     """The first draw of a step t -> s: which positions are revealed, and which masked again; bool, as x_t.
 
     eta = 0 is the reverse process itself, LADD eq. (47): nothing is masked again. eta in (0, 1] is
-    ReMDM-rescale (Wang et al., 2025, arXiv:2503.00307): eta times the largest rate of masking again that
-    keeps the marginals, except at the positions `given`.
+    ReMDM-rescale (Wang et al., 2025, arXiv:2503.00307): tokens are masked again at eta times the largest rate
+    that keeps the marginals, except at the positions `given`.
     """
     masked = x_t == mask_id
     sigma = eta * min(1.0, float((1 - alpha_s) / alpha_t)) if eta else 0.0
@@ -134,7 +135,7 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
 
 DRAW = {'temperature': key(1.0, at_least=0), 'top_p': key(1.0, above=0, at_most=1)}
 SAMPLERS = {'ancestral': DRAW,
-            'first_hitting': DRAW,                                     # one call a token, whatever steps says
+            'first_hitting': DRAW,                                     # one call per token: steps has no say
             'remdm': DRAW | {'eta': key(1.0, at_least=0, at_most=1)}}  # ancestral, but masks some again
 
 
@@ -252,9 +253,9 @@ class MDLM(Method):
         return self.config.block_size if sampler == 'first_hitting' else steps
 
     def training_flops(self, L):
-        """6: two FLOPs per multiply-add, times forward and backward, which costs twice as much.
+        """6 = two FLOPs per multiply-add, times three: forward, and backward, which costs twice as much.
 
-        The head sees L / 2 positions, the mean of the linear schedule.
+        The head sees L / 2 positions, the mean for the linear schedule.
         """
         return 6 * (self.flops(L) + L / 2 * self.config.hidden * self.config.vocab_size)
 

@@ -68,7 +68,7 @@ class Config(Shared):
 # opening a model
 
 def read_arguments(Keys, argv):
-    """configure -> namespace.
+    """-> the keys, as a namespace.
 
     UserError if a run is named by its config file, its checkpoint, or without a key.
     """

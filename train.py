@@ -57,12 +57,12 @@ class Config(Keys):
     learning_rate: float = key(3e-4, at_least=0)
     warmup_iters: int = key(0, at_least=0)  # steps of linear warmup
     decay_lr: str = key('constant', choices=('constant', 'cosine', 'linear'))  # after warmup
-    min_lr: float = key(0.0, at_least=0, only={'decay_lr': ('cosine', 'linear')})  # the last rate / the first
+    min_lr: float = key(0.0, at_least=0, only={'decay_lr': ('cosine', 'linear')})  # last rate / learning_rate
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     adam_eps: float = key(1e-8, at_least=0)
     weight_decay: float = key(0.0, at_least=0)  # of matrices; gains and biases have none
-    grad_clip: float = key(1.0, at_least=0)     # norm of the gradient; 0: no clipping
+    grad_clip: float = key(1.0, at_least=0)     # largest norm of the gradient; 0: no clipping
     ema: float = key(0.9999, at_least=0, below=1)  # decay of the averaged weights, which are the ones used
     # what is written, and when (in steps)
     log_interval: int = key(10, at_least=1)
@@ -167,7 +167,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data, n):
-        """Method.nll in nats per token over the first n validation sequences, as Method.likelihood calls it.
+        """Nats per token over the first n validation sequences: Method.nll, which is what `likelihood` says.
 
         The same number for every batch size and number of processes.
         """
@@ -226,7 +226,7 @@ def batches(data, c, rows, start, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# before the loop: all that can be wrong, before anything is written
+# before the loop: whatever can be wrong is found before anything is written
 
 def check_batch(c, world):
     """UserError unless the batch divides among processes and forward passes."""
@@ -261,7 +261,7 @@ def find_weights(config):
 
 
 def load_weights(method, config, checkpoint, published):
-    """Gives the method the weights that find_weights has found, or those of another run."""
+    """Gives the method the weights that find_weights found, or those of another run."""
     init_from = config['init_from']
     if checkpoint:
         check_fits(checkpoint, config, method, config['out_dir'])

@@ -5,8 +5,9 @@ each, a denoiser of 131M, a token decoder of 67M with its head; GPT-2 small is t
     python data/lm1b/prepare.py --tokenizer=gpt2
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_ldlm.py
 
-The paper's text lost rate, betas, eps, weight decay, clipping and the average of the weights; these are from
-the authors' earlier code [family]. It also lost which of its two warmups is LM1B's: 10k is our choice.
+The text of the paper that we worked from had lost the learning rate, betas, eps, weight decay, clipping and
+the average of the weights; these are from the authors' earlier code [family]. It had also lost which of the
+two warmups is LM1B's: 10k is our choice.
 """
 dataset = 'lm1b'
 method = 'ldlm'

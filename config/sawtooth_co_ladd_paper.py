@@ -1,7 +1,7 @@
 """
 Co-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the
-stages are not known: our choice). A batch of 2,048 wants a GPU, or patience. Joint: as it is. Sequential:
---latent_layers=3 --times=independent.
+stages are not known: our choice). A batch of 2,048 needs a GPU, or patience. For joint sampling train
+it as it is; for sequential sampling add --latent_layers=3 --times=independent.
 """
 dataset = 'sawtooth'
 method = 'ladd'

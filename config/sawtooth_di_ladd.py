@@ -7,11 +7,11 @@ How it departs from the official settings (sawtooth_di_ladd_paper.py):
 - stage 1 shows the token denoiser texts that are almost fully masked (t_x > .8), and the clean latent. With
   t_x from all of [0, 1] the visible tokens give the shift away, and the encoder learns almost nothing
 - for the first 450 steps the latent passes unquantised; then k-means on the warm encoder places the codes.
-  Codes that started cold would quantise noise, and the straight-through gradient would have to move
-  everything at once
+  Codes placed before the encoder has learnt anything would quantise noise, and the straight-through gradient
+  would have to move everything at once
 - 63 codes: 128 coins tell the shift to about a fifteenth of a period, and a batch touches 32 codes
-- a quarter of the texts in stage 2 is fully masked (p_start): there sequential sampling asks for the first
-  code
+- a quarter of the texts in stage 2 is fully masked (p_start), because sequential sampling predicts the code
+  from such texts
 """
 dataset = 'sawtooth'
 method = 'ladd'

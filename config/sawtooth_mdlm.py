@@ -3,8 +3,8 @@ MDLM on sawtooth, tuned for two CPU cores (four minutes).
 
 How it departs from the official settings (sawtooth_mdlm_paper.py) to learn within minutes: a narrow network,
 because a CPU is worst at attention over 128 positions with many heads; many small steps instead of few large
-ones; a rate ten times higher that falls to zero. Two layers reach the same likelihood, but only depth brings
-sampling in few steps near the exact denoiser's: see RESULTS.md.
+ones; a rate ten times higher that falls to zero. Two layers reach the same likelihood, but only a deeper
+network samples nearly as well in few steps as the exact denoiser: see RESULTS.md.
 """
 dataset = 'sawtooth'
 method = 'mdlm'

@@ -8,15 +8,15 @@ has to be downloaded.
     python train.py config/shakespeare_char_co_ladd.py
     python sample.py --out_dir=out/shakespeare_char_co_ladd --steps=16
 
-Its states were never meant to be read by their first 32 coordinates, as those of Qwen3-Embedding are; the
-question here is what LADD can do with so humble an encoder. One latent per character (--num_latents=128)
-would be the setting of CCDD.
+The states of that model were never meant to be read by their first 32 coordinates, as those of
+Qwen3-Embedding are; the question here is what LADD can do with so humble an encoder. One latent per character
+(--num_latents=128) would be the setting of CCDD.
 """
 dataset = 'shakespeare_char'
 method = 'ladd'
 block_size = 128  # characters
 
-hidden = 128  # two modalities of this width weigh what the one of shakespeare_char_mdlm.py does
+hidden = 128  # with two modalities, as many parameters as shakespeare_char_mdlm.py
 num_layers = 4
 num_heads = 2
 cond_dim = 48

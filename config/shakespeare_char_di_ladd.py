@@ -11,7 +11,7 @@ dataset = 'shakespeare_char'
 method = 'ladd'
 block_size = 128  # characters
 
-hidden = 128  # two modalities of this width weigh what the one of shakespeare_char_mdlm.py does
+hidden = 128  # with two modalities, as many parameters as shakespeare_char_mdlm.py
 num_layers = 4
 num_heads = 2
 cond_dim = 48

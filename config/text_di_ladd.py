@@ -1,6 +1,6 @@
 """
-Di-LADD on a text of your own: the parameters of text_mdlm.py on two modalities, codes from a small frozen
-sentence encoder.
+Di-LADD on a text of your own: as many parameters as text_mdlm.py, in two modalities; codes from a small
+frozen sentence encoder.
 
     python data/text/prepare.py --input FILE... --tokenizer=sentence-transformers/all-MiniLM-L6-v2 --name=text
     python train.py config/text_di_ladd.py [--dataset=NAME]
@@ -17,7 +17,7 @@ dataset = 'text'  # the --name given to prepare.py
 method = 'ladd'
 block_size = 256
 
-hidden = 256  # two modalities of this width and depth weigh what the one of text_mdlm.py does
+hidden = 256  # with two modalities and this depth, as many parameters as text_mdlm.py
 num_layers = 7
 num_heads = 4
 cond_dim = 64

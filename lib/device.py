@@ -1,5 +1,5 @@
 """
-Devices: finding one by name, what to call it in print, and compiling for it.
+Devices: finding one by name, naming it in print, and compiling for it.
 """
 import os
 import shutil

@@ -21,7 +21,7 @@ from lib.noise import Noise
 
 
 class Method(nn.Module):
-    name = ''                     # for people
+    name = ''                     # as people write it
     likelihood = None             # what nll is: 'exact' | 'bound' | 'token channel' (not a bound) | None
     strategies = {'joint': {}}    # name -> the options that it adds to `sample`, {name: key(default, rule)}
     samplers = {'ancestral': {}}  # likewise
@@ -39,7 +39,7 @@ class Method(nn.Module):
     def reusable(self, weights, old, new):
         """-> those of another run's weights {name: tensor} that mean the same here.
 
-        Names and shapes fit already.  old, new: the flat configs of that run and of this one.
+        Their names and shapes already fit.  old, new: the flat configs of that run and of this one.
         """
         return weights
 

@@ -394,13 +394,14 @@ def test_bins_hold_running_means():
 
 
 def test_every_bin_is_visited_and_nothing_is_guessed():
-    times = AdaptiveTimes(4, 0.999, 0.1)
+    times = AdaptiveTimes(4, 1.0, 0.1)
     times.track(torch.tensor([0.1, 0.6]), torch.tensor([1.0, 2.0]))
     times.learn(FINITE)
     times.refresh()
     assert torch.equal(times.p, torch.full((4,), 0.25))  # two bins have not been seen
     # means 1, 1, 4, 3; so at the edges 1, 1, 2.5, 3.5, 2.5; so rises 0, 1.5, 1, -1
     times.sums.copy_(torch.tensor([[1.0, 1, 8, 3], [1, 1, 2, 1]]))
+    times.forget()  # nothing, with a memory of 1
     times.refresh()
     # at least a tenth of 2.5 / 4
     torch.testing.assert_close(times.p, torch.tensor([0.0625, 1.5, 1, 0.0625]) / 2.625)
