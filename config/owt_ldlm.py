@@ -42,7 +42,7 @@ num_heads = 12
 cond_dim = 768
 
 reconstruction = 'mse'
-encoder_warmup = 50000  # longer than on LM1B [paper]; 50k is one of its two [second-hand], which is [choice]
+encoder_warmup = 50000  # longer than LM1B's [paper]; 50k is one of the two [second-hand], our choice here
 adaptive_t = True
 sigma_dec = 3.0
 
