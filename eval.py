@@ -182,7 +182,7 @@ def text_results(c, o):
         strategy = c.strategy or next(iter(o.method.strategies))
         values = likelihood(o.method, o.rows, o.n, c.batch_size, c.seed, c.nll_draws, strategy)
         if 'val_ppl' in values:
-            values['val_ppl_is'] = 'exact' if o.method.likelihood == 'exact' else 'an upper bound'
+            values['val_ppl_is'] = {'exact': 'exact', 'bound': 'an upper bound'}[o.method.likelihood]
         if 'token_ppl' in values:
             values |= {'token_ppl_is': 'the token channel, given the latent of the text itself: no bound',
                        'strategy': strategy}

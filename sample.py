@@ -55,6 +55,9 @@ class Shared(Machine):
     top_p: float = 1.0
 
 
+OPTIONS = ('latent_steps', 'eta', 'temperature', 'top_p')  # those of Shared that method.sample may take
+
+
 @dataclass
 class Config(Shared):
     num_samples: int = key(16, at_least=1)
@@ -113,8 +116,8 @@ def sampling_options(c, method):
 
     A strategy or sampler is left out where the method has only one. UserError for what it does not have.
     """
-    options, defaults = ('latent_steps', 'eta', 'temperature', 'top_p'), defaults_of(Shared)
-    given = {k: getattr(c, k) for k in options if getattr(c, k) != defaults[k]}
+    defaults = defaults_of(Shared)
+    given = {k: getattr(c, k) for k in OPTIONS if getattr(c, k) != defaults[k]}
     try:
         options = method.sampling_options(c.strategy, c.sampler, **given)
     except ValueError as e:

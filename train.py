@@ -42,7 +42,7 @@ class Config(Keys):
     #                                scratch: start over | resume: continue or fail
     #                                out/OTHER: as auto, but start from that run's averaged weights
     #                                HUB_ID or folder: as auto, but start from published weights (lib/hub.py)
-    method: str = 'mdlm'           # mdlm | ladd | ldlm | ar; the Config of its file has more keys
+    method: str = 'mdlm'           # a name in methods.py; the Config in its file has more keys
     dataset: str = 'sawtooth'      # sawtooth, or a folder of data/ that prepare.py has filled
     block_size: int = key(0, at_least=0)   # tokens per sequence; 0: sawtooth's own 128
     seed: int = 0

@@ -36,6 +36,7 @@ def key(default, *, at_least=None, above=None, below=None, at_most=None,
         choices=None, only=None, meaning=False):
     """A field of a dataclass of keys, with the rule for its values.
 
+    default: a bool, int, float or string, whose type is the key's: 1.0, not 1, for a float
     at_least, above, below, at_most: bounds of a number;  choices: the strings that are allowed
     only: {other key: a value, a tuple of values, or Not([values])}: the settings in which this key has an
           effect; or a list of such dicts, any of which is enough. Elsewhere only the default is accepted.

@@ -1,17 +1,25 @@
 """
-What a method is: everything that train.py, sample.py, eval.py and bench.py ask of one.
+What a method is: everything that train.py, sample.py, eval.py and bench.py need from one.
 
 The defaults describe a method with one denoiser, `dit`, and one way to sample. So no script has to probe
-for attributes or signatures, and none needs to know a method by name. A subclass has a dataclass Config,
-whose instance it is built from, and
+for attributes or signatures, and none needs to know a method by name. A subclass has a dataclass Config, is
+built from an instance of it, and defines
 
-    forward(x, noise, [z_0])             training loss of x (b, L) int64, and logs {name: scalar};
-                                         z_0 (b, M, D): stored latents, if it trains on them
-    nll_parts(x, noise, strategy, z_0)   one estimate of nll, in parts: {name: nats per sequence (b,)}
-    sample(n, steps, strategy, sampler, generator=, callback=, **options)
-                                         -> ids (n, L) after `steps` denoiser calls for the tokens;
-                                         ValueError for an unknown strategy, sampler, option or value
-    training_flops(L)                    useful FLOPs of a training step per sequence, see bench.py
+    forward(x, noise, [z_0])           training loss of x (b, L) int64, a mean per token, and its logs
+                                       {name: detached scalar tensor}, at least {'loss': loss.detach()};
+                                       z_0 (b, M, D): stored latents, if it trains on them
+    nll_parts(x, noise=None, strategy='', z_0=None)
+                                       one estimate of nll, in parts {name: nats per sequence (b,)}: 'val'
+                                       is the whole; a method with two channels has 'token' and 'latent'
+    sample(n, steps, strategy='', sampler='', generator=None, callback=None, **options)
+                                       -> ids (n, L) after `steps` denoiser calls for the tokens; '' is the
+                                       first strategy or sampler; callback(i, x) after step i = 0, 1, ...;
+                                       also x=..., if it takes a prompt. ValueError for an unknown name,
+                                       option or value: begin with self.sampling_options(...)
+    training_flops(L)                  useful FLOPs of a training step per sequence, see bench.py
+
+train.py calls it under bfloat16 autocast: make logits .float() before arithmetic on probabilities. On a GPU
+`forward` may be compiled as a whole, so nothing in it should ask the host (.item(), boolean indexing).
 """
 import torch
 import torch.nn as nn
@@ -21,11 +29,11 @@ from lib.noise import Noise
 
 
 class Method(nn.Module):
-    name = ''                     # as people write it
+    name = ''                     # as people write it; a subclass of another method needs its own
     likelihood = None             # what nll is: 'exact' | 'bound' | 'token channel' (not a bound) | None
     strategies = {'joint': {}}    # name -> the options that it adds to `sample`, {name: key(default, rule)}
     samplers = {'ancestral': {}}  # likewise
-    takes_prompt = False          # whether `sample` takes x (n, L), a text with mask_id at its open places
+    takes_prompt = False          # whether `sample` takes x (n, L), with mask_id where it is to fill in
     mask_id = None
     has_latent_space = False      # whether it has reconstruct(x) and interpolate(x_a, x_b, weights)
     encoder_name = ''             # the frozen encoder that it reads texts with: hub id, folder or out/NAME
@@ -44,7 +52,7 @@ class Method(nn.Module):
         return weights
 
     def begin_step(self, step, noise, draw_rows):
-        """Called before a training step. May return a message to print, about what begins here.
+        """Called before a training step. May return a message to print, such as the start of a stage.
 
         draw_rows(n) -> ids (n, L) and stored latents, if any, of n training rows; n may exceed the batch.
         """

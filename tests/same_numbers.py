@@ -8,8 +8,8 @@ Proof that a change moved no number: every config at toy size, by two checkouts,
 
 A CONFIG is the name of a file of config/ without .py, by default every one; a checkout is by default the one
 that this file is in. Of each config: 20 steps of training (both stages, k-means, new adaptive times), 5 more
-from a copy of the checkpoint, and 128 samples of each strategy. `compare` trains anew, but resumes and samples
-from the recorded checkpoint: so it also tests that the checkout reads what another edition wrote.
+from a copy of the checkpoint, 128 samples of each strategy. `compare` trains anew, but resumes and samples
+from recorded checkpoints: so it also tests that the checkout reads what another edition wrote.
 
 All it knows of a checkout is the command line of train.py, sample.py and data/text/prepare.py, log.jsonl, and
 config/. Compare on the machine that recorded, with the same torch. FOLDER cannot be moved: the checkpoints
@@ -109,8 +109,10 @@ def train(checkout, args, out_dir, steps):
 
 
 def shake(run_dir):
-    """run_dir/shaken: its checkpoint with noise on all averaged weights. After 20 steps samples hardly depend on
-    what the network says, let alone on a latent, and a wrong sampler might draw the same tokens."""
+    """Makes run_dir/shaken, its checkpoint with noise on all averaged weights.
+
+    After 20 steps tokens hardly depend on the latents: a sampler with a mistake might draw the same ones.
+    """
     import torch
     checkpoint, g = torch.load(run_dir / 'ckpt.pt', weights_only=True), torch.Generator().manual_seed(0)
     for weight in checkpoint['ema'].values():
@@ -165,7 +167,8 @@ def check(parts):
         assert all(isinstance(x, float) and math.isfinite(x) for x in numbers), 'a loss is not finite'
         assert len(set(numbers)) == len(numbers), 'two losses are alike'
     for samples in [rows for part, rows in parts.items() if part.startswith('samples')]:
-        assert len(samples) == SAMPLES and len(set(map(tuple, samples))) > SAMPLES / 8, 'the samples are alike'
+        assert len(samples) == SAMPLES, 'samples are missing'
+        assert len(set(map(tuple, samples))) > SAMPLES / 8, 'the samples are alike'
 
 
 def difference(old, new):
