@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lib.checkpoint import begin_with, check_fits, fill, is_run, load, save
+from lib.checkpoint import save
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.device import compile_in_place, pick_device
 from lib.distributed import average_gradients, connect, largest, rank_and_world, summed
-from lib.hub import load_published
 from lib.log import Log
 from lib.noise import Noise
 from lib.signals import heed_signals, unbreakable_output
 from lib.tokens import Tokens, WithLatents
+from lib.weights import find_weights, load_weights
 from methods import METHODS, attach_encoder, build
 from sawtooth import Sawtooth, report
 
@@ -237,46 +237,6 @@ def check_batch(c, world):
     if share % (c.micro_batch or 1):
         raise UserError(f'micro_batch={c.micro_batch} does not divide the {share} sequences of a process; '
                         f'{math.gcd(share, c.micro_batch)} would')
-
-
-def find_weights(config):
-    """Where weights come from -> (checkpoint to continue or None, published weights or None).
-
-    Published weights bring their shape, which goes into the config.
-    """
-    c, path = SimpleNamespace(**config), os.path.join(config['out_dir'], 'ckpt.pt')
-    if c.init_from not in ('auto', 'scratch', 'resume') and '/' not in c.init_from:
-        raise UserError('init_from is auto, scratch, resume, out/OTHER, OWNER/NAME of the hub or a folder, '
-                        f'not {c.init_from!r}')
-    resuming = c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path)
-    checkpoint, published = load(path) if resuming else None, None
-    if '/' in c.init_from and not is_run(c.init_from):
-        if not checkpoint:
-            published = load_published(c.init_from, c.method)
-        theirs = checkpoint['config'] if checkpoint else published[0]
-        shape = ['hidden', 'num_layers', 'num_heads', 'cond_dim', 'dropout']
-        shape += ['block_size'] if not c.block_size else []
-        config.update({k: theirs[k] for k in shape})
-    return checkpoint, published
-
-
-def load_weights(method, config, checkpoint, published):
-    """Gives the method the weights that find_weights found, or those of another run."""
-    init_from = config['init_from']
-    if checkpoint:
-        check_fits(checkpoint, config, method, config['out_dir'])
-        method.load_state_dict(checkpoint['model'])
-    elif published:
-        if config['vocab_size'] != published[0]['vocab_size']:
-            raise UserError(f'{init_from} has {published[0]["vocab_size"]:,} tokens and {config["dataset"]} '
-                            f'has {config["vocab_size"]:,}; prepare the data with its tokenizer')
-        fill(method, published[1], f'the weights of {init_from} do not fit its config.json')
-    elif '/' in init_from:
-        news = begin_with(method, config, init_from)
-        if rank_and_world()[0] == 0:
-            print(news)
-    elif method.untrained_part:
-        raise UserError(method.untrained_part)
 
 
 def prepare(argv):

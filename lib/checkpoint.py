@@ -1,5 +1,5 @@
 """
-Checkpoints: saving and loading them, and deciding whether one fits a run.
+Checkpoints: saving them, loading them, and their logs.
 
 A file is written whole or not at all, and loading one never runs code. A checkpoint is a dict of
 numbers, strings and tensors:
@@ -11,14 +11,13 @@ numbers, strings and tensors:
     step        how many steps the run has made
     tokens      how many tokens it has seen
 """
-import dataclasses
 import json
 import os
 import zlib
 
 import torch
 
-from lib.configurator import UserError, idle
+from lib.configurator import UserError
 from lib.files import whole
 
 FORMAT = 2
@@ -102,52 +101,6 @@ def fingerprint(module):
     for tensor in module.state_dict().values():
         crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return f'{crc:08x}'
-
-
-def check_fits(checkpoint, config, method, out_dir):
-    """UserError unless the run in out_dir can continue with this config.
-
-    Learning rates, intervals and the length of training may change.
-    """
-    if not {'optimizer', 'tokens'} <= checkpoint.keys():
-        raise UserError(f'{out_dir} holds weights only, so training cannot continue; start from them with '
-                        f'--init_from={out_dir} and another --out_dir')
-    old, fields = checkpoint['config'], dataclasses.fields(method.Config)
-    # these change what weights mean without changing their shapes
-    meanings = ['method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'encoder_weights']
-    meanings += ['data_sha256', 'seed']  # times and masks depend on the seed, too
-    if old['method'] == config['method']:
-        unused = idle(method.Config, {**config, **old})  # runs of the first edition may hold such keys
-        meanings += [f.name for f in fields if f.metadata.get('meaning') and f.name not in unused]
-    # an older run may lack a key
-    changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]
-    shapes = {k: v.shape for k, v in method.state_dict().items()}
-    if not changed and shapes != {k: v.shape for k, v in checkpoint['model'].items()}:
-        changed = [f.name for f in fields if old.get(f.name) != config.get(f.name)] or ['the code']
-    if changed:
-        was, now = (', '.join(f'{k}={str(values.get(k, "another one"))[:99]}' for k in changed)
-                    for values in (old, config))
-        raise UserError(f'{out_dir} holds a run with {was}, not {now}; continue with that, '
-                        'start over with --init_from=scratch, or give another --out_dir')
-
-
-def begin_with(method, config, out_dir):
-    """Copies the averaged weights and buffers that fit from the run in out_dir -> a sentence about it.
-
-    UserError if that run has another tokenizer, or nothing fits.
-    """
-    checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
-    old = checkpoint['config']
-    if any(old.get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
-        raise UserError(f'{out_dir} was trained with a tokenizer other than that of {config["dataset"]}')
-    own, theirs = method.state_dict(), averaged_weights(checkpoint)
-    fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
-    fits = method.reusable(fits, old, config)
-    if not fits:
-        raise UserError(f'{out_dir} has no weight in common with this method')
-    method.load_state_dict(fits, strict=False)
-    new = ''.join(f'; new: {k}' for k in own if k not in fits)[:200]
-    return f'{len(fits)} of {len(own)} tensors begin as {out_dir} left them{new}'
 
 
 def cut_log(path, step):

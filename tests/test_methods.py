@@ -59,8 +59,8 @@ def test_a_mistake_draws_no_sample(name, wrong):
 
 
 @pytest.mark.parametrize('name, strategy, sampler', CHOICES)
-def test_steps_are_at_least_one_where_they_have_a_say(name, strategy, sampler):
-    """Where they have none, any number gives the same samples."""
+def test_steps_are_at_least_one_where_they_matter(name, strategy, sampler):
+    """Where they do not, any number gives the same samples."""
     method = make(name)
 
     def sample(steps):
@@ -529,13 +529,13 @@ def few_states(monkeypatch):
     monkeypatch.setattr(ldlm, 'STATE_TOKENS', 600)
 
 
-def shown_all_the_same(Class, keys, name, base):
+def shows_anyway(Class, keys, name, base):
     """Where a key shows that is said to have no effect: in a run of the first edition, which may hold it."""
     try:
         shows = where_it_shows(built(Class, Class.Config.stored(keys)), base)
     except ValueError:  # refused there, too
         shows = ''
-    # times that are not adaptive have bins, too
+    # the buffers have a place for each bin, also if the times are not adaptive
     return '' if name == 'adaptive_bins' and shows == 'shapes' else shows
 
 
@@ -557,7 +557,7 @@ def without_effect(Class, *items):
                 print(f'{name}={value} is refused: {e}')
                 assert name in str(e), f'{name}={value} is refused without a reason: {e}'
                 if f'{name}={value} has no effect' in str(e) and name not in ELSEWHERE:
-                    assert shown_all_the_same(Class, changed, name, base[False]) == '', e
+                    assert shows_anyway(Class, changed, name, base[False]) == '', e
                 continue
             try:  # that other keys lose their effect beside it does not count
                 method = built(Class, Config.stored(changed))
