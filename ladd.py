@@ -492,8 +492,9 @@ class LADD(mdlm.MDLM):
         """Of one MM-DiT call, by the paper's formula over L + M positions."""
         return self.dit.flops(L + self.config.num_latents)
 
-    def sampling_flops(self, L, steps, strategy='', latent_steps=0, **options):
-        c = self.config
+    def sampling_flops(self, L, steps, **options):
+        c, options = self.config, self.sampling_options(**options)
+        latent_steps = options.get('latent_steps', 0)  # of seq
         once = self.latent_dit.flops(c.num_latents) if c.latent_layers else self.flops(L)
         return super().sampling_flops(L, steps, **options) + latent_steps * once
 
@@ -621,8 +622,12 @@ class Quantizer(nn.Module):
         quantised = self.codebook[codes]
         loss = self.commitment * F.mse_loss(e, quantised)
         if learning:
-            self.met.append((e.detach(), codes))
+            self.note(e.detach(), codes)
         return e + (quantised - e).detach(), codes, loss
+
+    @torch.compiler.disable  # a list that grows would be recompiled at every length
+    def note(self, e, codes):
+        self.met.append((e, codes))
 
     @torch.no_grad()
     def learn(self, finite, noise):

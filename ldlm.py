@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -111,7 +112,7 @@ class AdaptiveTimes(nn.Module):
         self.bins, self.memory, self.floor = bins, memory, floor
         self.register_buffer('p', torch.full((bins,), 1 / bins))
         self.register_buffer('sums', torch.zeros(2, bins))  # of losses, of how many
-        self.met = []  # the same of this step's micro-batches
+        self.register_buffer('now', torch.zeros(2, bins), persistent=False)  # sums, and this step's on top
 
     def draw(self, noise):
         """t (b,): bin i with probability p_i, then uniform in it; one stratified u gives both."""
@@ -123,18 +124,19 @@ class AdaptiveTimes(nn.Module):
     def track(self, t, losses):
         """Takes note of the losses (b,) at times t of a micro-batch."""
         bins = (t * self.bins).long().clamp(max=self.bins - 1)
-        met = torch.zeros_like(self.sums).index_add_(1, bins, torch.stack((losses, torch.ones_like(losses))))
-        self.met.append(met)
+        new = torch.stack((losses, torch.ones_like(losses)))
+        self.now += torch.zeros_like(self.sums).index_add_(1, bins, new)
 
     def forget(self):
         self.sums *= self.memory
+        self.now.copy_(self.sums)
 
     def learn(self, finite):
         """Once per step, from all processes, so that their sums stay equal."""
-        if self.met:
-            for met in summed(torch.stack(self.met)):
-                self.sums += torch.where(finite, met, 0.0)
-            self.met = []
+        if dist.is_initialized():
+            self.now.copy_(self.sums + summed(self.now - self.sums))
+        self.sums.copy_(torch.where(finite, self.now, self.sums))
+        self.now.copy_(self.sums)
 
     def refresh(self):
         """New probabilities, once every bin has been seen."""
@@ -149,7 +151,7 @@ class AdaptiveTimes(nn.Module):
 
     def by_quarter(self):
         """Running mean of the loss in each quarter of [0, 1], (4,); 0 where nothing was seen."""
-        quarters = [part.sum(dim=1) for part in sum(self.met, self.sums).tensor_split(4, dim=1)]
+        quarters = [part.sum(dim=1) for part in self.now.tensor_split(4, dim=1)]
         loss, count = torch.stack(quarters, dim=1)
         return loss / count.clamp(min=1e-12)
 
@@ -241,7 +243,7 @@ class Config(Keys):
     num_layers: int = key(12, at_least=1)
     num_heads: int = key(12, at_least=1, meaning=True)
     cond_dim: int = key(768, at_least=1)
-    dropout: float = key(0.0, at_least=0, below=1)
+    dropout: float = key(0.0, at_least=0, below=1, only={'stage': TRAINS_DENOISER})
     # share of texts for which the denoiser sees its own first estimate [second-hand; our text lacks it]
     self_conditioning: float = key(0.5, at_least=0, at_most=1, only={'stage': TRAINS_DENOISER})
     tangent: float = key(3.0, above=0, meaning=True, only={'stage': Not(['autoencoder'])})  # d [second-hand]
@@ -255,9 +257,12 @@ class Config(Keys):
     latent_layers: int = key(6, at_least=1, only={'latent_encoder': Not(['none'])})  # of both halves
     decoder_layers: int = key(3, at_least=0)  # of the token decoder under its vocabulary head
     # what the token decoder reads: states h_hat | latents, without the latent decoder (appendix B.2)
-    decode_from: str = key('states', choices=('states', 'latents'), meaning=True)
+    decode_from: str = key('states', choices=('states', 'latents'), meaning=True,
+                           only={'latent_encoder': Not(['none'])})
     # the recipe; with ce the token loss reaches decoder and encoder
-    reconstruction: str = key('mse', choices=('mse', 'ce', 'both'), only={'stage': TRAINS_AUTOENCODER})
+    reconstruction: str = key('mse', choices=('mse', 'ce', 'both'),
+                              only=[{'stage': TRAINS_AUTOENCODER, 'latent_encoder': Not(['none'])},
+                                    {'stage': TRAINS_AUTOENCODER, 'token_encoder': 'scratch'}])
     # steps in which gamma rises to 1; 0: none [paper, for its ablations]; for trained latents
     encoder_warmup: int = key(10000, at_least=0, only=[{'stage': 'joint', 'latent_encoder': Not(['none'])},
                                                        {'stage': 'joint', 'token_encoder': 'scratch'}])
@@ -539,7 +544,7 @@ def refuse(c):
     if c.latent_dim % head_dim:
         raise ValueError(f'latent_dim={c.latent_dim} does not divide into heads of width {head_dim}, that of '
                          'the denoiser (hidden / num_heads)')
-    if c.token_encoder == 'scratch' and c.reconstruction != 'ce':
+    if c.token_encoder == 'scratch' and c.reconstruction != 'ce' and c.stage in TRAINS_AUTOENCODER:
         raise ValueError('trained embeddings are no target for a squared error: token_encoder=scratch needs '
                          'reconstruction=ce')
     if c.reconstruction != 'mse' and (not c.token_loss or c.decode_from == 'latents'):

@@ -13,6 +13,7 @@ from helpers import CHARS, TINY, TINY_METHODS, L, generator, make, scrambled, sp
 from torch._dynamo.utils import counters
 
 import ldlm
+import sample
 import train
 from ldlm import LDLM
 from lib.configurator import configure, defaults_of, idle, method_keys
@@ -601,3 +602,10 @@ def test_stored_latents_take_the_place_of_the_encoder(setting):
     x = lines(80)[:16]
     torch.testing.assert_close(stored(x, whole(16), z_0[:16])[0], method(x, whole(16))[0])
     torch.testing.assert_close(stored.nll(x, z_0=z_0[:16]), method.nll(x))
+
+
+def test_every_option_is_a_key_of_the_scripts():
+    """With the method's own default: the scripts pass on only what differs from theirs."""
+    for method in map(make, TINY_METHODS):
+        for table in (*method.strategies.values(), *method.samplers.values()):
+            assert {k: rule.default for k, rule in table.items()}.items() <= defaults_of(sample.Shared).items()

@@ -301,7 +301,7 @@ def test_another_shape_is_refused_with_the_way_out(arg):
 
 
 def test_another_meaning_of_the_weights_is_refused(monkeypatch, capsys):
-    """Shapes do not show it: as many other characters, other texts, another length or noise of the latents."""
+    """Shapes do not show it: as many other characters, other texts, other lengths or noise of the latents."""
     monkeypatch.setattr(Toy, 'tokenizer', {'kind': 'char', 'chars': 'abcd', 'eos': False})
     monkeypatch.setattr(Toy, 'sha256', 'one', raising=False)
     args = [*TOY_METHODS['co_ladd'], '--max_iters=1']
@@ -538,6 +538,7 @@ def test_kill_at_any_moment(tmp_path):
     args = [*TINY_RUN, '--out_dir=a', '--max_iters=100000', '--checkpoint_interval=1', '--eval_interval=7']
     (tmp_path / 'script.py').write_text(PREPARE + f"""
 import random, signal, time
+from lib.checkpoint import load
 random.seed(0)
 inside = 0
 
@@ -565,7 +566,7 @@ for i in range(50):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL  # it had not failed before
     inside += half_written() not in (None, left)
     if os.path.exists('a/ckpt.pt'):
-        train.load('a/ckpt.pt')
+        load('a/ckpt.pt')
     if os.path.exists('a/log.jsonl'):
         assert open('a/log.jsonl', 'rb').read()[-1:] in (b'', b'\\n')
 assert inside >= 5  # so many of the kills came while a checkpoint was half written
