@@ -608,4 +608,5 @@ def test_every_option_is_a_key_of_the_scripts():
     """With the method's own default: the scripts pass on only what differs from theirs."""
     for method in map(make, TINY_METHODS):
         for table in (*method.strategies.values(), *method.samplers.values()):
-            assert {k: rule.default for k, rule in table.items()}.items() <= defaults_of(sample.Shared).items()
+            defaults = {k: rule.default for k, rule in table.items()}
+            assert defaults.items() <= defaults_of(sample.Shared).items()
