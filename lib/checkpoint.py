@@ -35,8 +35,8 @@ def save(path, checkpoint):
     """
     kept = 'the one before it is kept' if os.path.exists(path) else 'there is none before it'
     try:
-        with whole(path) as temp:
-            torch.save({'format': FORMAT, **checkpoint}, temp)
+        with whole(path) as temp, open(temp, 'wb') as f:
+            torch.save({'format': FORMAT, **checkpoint}, f)
     except UserError as e:
         raise UserError(f'{e}; {kept}') from e
     except RuntimeError as e:  # how torch's zip writer reports a disk that fills up

@@ -33,15 +33,16 @@ def whole(*paths):
                 os.fsync(f.fileno())
         if len(paths) > 1 and os.path.exists(paths[-1]):
             os.remove(paths[-1])
-        for temp, path in zip(temps, paths):
-            os.replace(temp, path)
+        for path in paths:
+            os.replace(temps.pop(0), path)
         sync_folder(folder)
     except OSError as e:
         raise UserError(f'cannot write {paths[-1]} ({e.strerror or e})') from e
     finally:
-        for temp, file in zip(temps, locks):  # not those that another process holds
-            with contextlib.suppress(OSError):  # it has been renamed
+        for temp in temps[:len(locks)]:  # neither those that have been renamed nor another process's
+            with contextlib.suppress(OSError):
                 os.remove(temp)
+        for file in locks:
             file.close()
 
 

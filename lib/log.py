@@ -32,14 +32,22 @@ class Log:
         self.path, self.first = os.path.join(self.c.out_dir, 'log.jsonl'), trainer.rank == 0
         self.release = claim(self.c.out_dir) if self.first else None
         if self.first:
-            self.wandb = self.join_wandb(config) if self.c.wandb else None
-            if self.c.init_from == 'scratch':  # from here on the folder is the new run's, whenever it may die
-                save(os.path.join(self.c.out_dir, 'ckpt.pt'), trainer.checkpoint(config, 0, 0))
-            cut_log(self.path, start)
-            self.introduce(start)
+            try:
+                self.begin(config, start)
+            except BaseException:
+                self.release()
+                raise
         self.bar = tqdm(total=self.c.max_iters, initial=start, disable=not self.first, unit='step',
                         mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
         self.clock, self.tokens = time.time(), tokens
+
+    def begin(self, config, start):
+        """The first words and the first writes."""
+        self.wandb = self.join_wandb(config) if self.c.wandb else None
+        if self.c.init_from == 'scratch':  # from here on the folder is the new run's, whenever it may die
+            save(os.path.join(self.c.out_dir, 'ckpt.pt'), self.trainer.checkpoint(config, 0, 0))
+        cut_log(self.path, start)
+        self.introduce(start)
 
     def join_wandb(self, config):
         """Weights & Biases; after a resume the same run goes on."""

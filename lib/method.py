@@ -84,7 +84,10 @@ class Method(nn.Module):
         for name, value in given.items():
             if name not in rules:
                 chosen = ', '.join(f'{kind}={of_kind}' for kind, of_kind in choice.items())
-                raise ValueError(f'{self.name} has no option {name} with {chosen}')
+                fits = [f'strategy={s}' for s, options in self.strategies.items() if name in options]
+                fits += [f'sampler={s}' for s, options in self.samplers.items() if name in options]
+                hint = f'; it works with {" or ".join(fits)}' if fits else ''
+                raise ValueError(f'{self.name} has no option {name} with {chosen}{hint}')
             if sentence := complaint(name, rules[name].metadata, value):
                 raise ValueError(sentence)
         return choice | {name: rule.default for name, rule in rules.items()} | given

@@ -235,7 +235,7 @@ class Tokens:
         if split not in meta:
             raise UserError(f'{self.folder} has no {split} split')
         self.vocab_size, self.tokenizer, self.wrap = meta['vocab_size'], meta['tokenizer'], meta['wrap']
-        self.sha256 = '-'.join(meta[s].get('sha256', '?')[:16] for s in ('train', 'val') if s in meta)
+        self.sha256 = '-'.join(str(meta[s].get('sha256', '?'))[:16] for s in ('train', 'val') if s in meta)
         path, count = os.path.join(self.folder, split + '.bin'), meta[split]['tokens']
         self.file, self.ids = open_array(path, meta['dtype'], (count,), prepare_command(self.folder))
         self.body = block_size - 2 * self.wrap  # ids that a chunk takes from the file

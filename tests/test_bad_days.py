@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import shutil
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,9 @@ import sample
 import train
 from lib import checkpoint, prepare
 from lib.configurator import Keys, UserError, configure, defaults_of, method_keys
+from lib.files import whole
 from lib.lock import claim
+from lib.signals import Unbreakable
 from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer
 from mdlm import MDLM
 from methods import METHODS, open_published, open_run
@@ -553,3 +556,26 @@ def test_prompts_on_the_command_line():
         argv = [f'--out_dir=out/{rng.choice(names)}', '--device=cpu', '--num_samples=2', '--steps=2']
         refused += complaint(sample.main, [*argv, f'--start={start}']) is not None
     assert 0 < refused < 40
+
+
+def test_what_a_killed_writer_left_is_no_part_of_the_next_file():
+    with open('f.tmp', 'w') as f:
+        f.write('half of something')
+    with whole('f'):
+        pass
+    assert open('f').read() == ''
+
+
+def test_an_unbreakable_stream_raises_nothing():
+    with open('/dev/full', 'w') as full:
+        stream = Unbreakable(full)
+        for _ in range(2):
+            assert stream.write('lost') == 4
+            stream.flush()
+    assert Unbreakable(None).write('x') == 1
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    """Windows' clock is coarse: two steps may have the same time."""
+    monkeypatch.setattr(time, 'time', lambda: 1.0)
+    assert len(go('a', '--max_iters=2')) == 2
