@@ -1,5 +1,6 @@
 """
-LADD: masked diffusion with a latent channel (Latent-Augmented Discrete Diffusion Models).
+LADD: masked diffusion with a latent channel
+(Latent-Augmented Discrete Diffusion Models, Shariatian et al., 2025, arXiv:2510.18114).
 
 An encoder gives each text x_0 a latent z_0. Tokens and latents are noised independently: x_t as in MDLM, and
     Co-LADD   Gaussian noise:  z_t = abar_t z_0 + sqrt(1 - abar_t^2) eps                        LADD eq. (20)

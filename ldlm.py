@@ -1,6 +1,7 @@
 """
 LDLM: latent diffusion trained jointly with its latent space
-(How to Train Your Latent Diffusion Language Model).
+(How to Train Your Latent Diffusion Language Model Jointly With the Latent Space, Meshchaninov et al., 2026,
+arXiv:2605.07933).
 
     h = token encoder(x)      frozen and pretrained, each feature scaled to mean 0 and variance 1
     z = E(h)                  one latent per token
