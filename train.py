@@ -105,7 +105,7 @@ class Trainer:
             [{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}], lr=c.learning_rate,
             betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, fused=True)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
-        self.bad_run, self.worst_run, self.skipped = torch.zeros(3, device=device)
+        self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)  # steps not finite
 
     def step(self, step, batch, draw_rows):
         """One step on our share of the batch -> numbers for the log, all still on the device.
@@ -143,12 +143,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         method.end_step(finite, noise)
-        with torch.no_grad():  # a short run's average forgets the start, too
+        with torch.no_grad():  # a lower decay early on, so that even a short run forgets its start
             torch._foreach_lerp_(self.ema, self.params, 1 - min(c.ema, (step + 1) / (step + 10)))
-        self.bad_run = (self.bad_run + 1) * ~finite
-        self.worst_run, self.skipped = torch.maximum(self.worst_run, self.bad_run), self.skipped + ~finite
+        self.in_a_row = (self.in_a_row + 1) * ~finite
+        self.most_in_a_row = torch.maximum(self.most_in_a_row, self.in_a_row)
+        self.skipped = self.skipped + ~finite
         # ----------------------------------------------------------------------------------------------------
-        return logs, {'loss': loss, 'grad_norm': grad_norm, 'skipped': self.skipped, 'worst': self.worst_run}
+        return logs, {'loss': loss, 'grad_norm': grad_norm, 'skipped': self.skipped,
+                      'worst': self.most_in_a_row}
 
     @contextmanager
     def averaged(self):
