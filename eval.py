@@ -115,6 +115,9 @@ def open_texts(name, config, tok, device):
         raise UserError(f'{name} was not prepared as the training data of this model was; prepare it with '
                         f'--tokenizer=DATA, the folder of the training data, and --wrap={tok.wrap}, or give '
                         'a text file')
+    if name == config['dataset'] and data.tokenizer and config.get('data_sha256', data.sha256) != data.sha256:
+        raise UserError(f'{name} was prepared again after this model was trained, which may have seen its '
+                        'validation texts; prepare it as it was, or name other texts with --data')
     return lambda idx: data.rows(idx)[0].to(device), 20480 if name == 'sawtooth' else len(data)
 
 
@@ -364,6 +367,7 @@ def evaluate(argv):
     path = os.path.join(c.out_dir, 'eval.jsonl') if c.out_dir else os.devnull
     append(path)  # fails now if it cannot be written
     common = {'model': c.out_dir or c.init_from, **{k: o.config[k] for k in ('method', 'dataset')},
+              'data_sha256': o.config.get('data_sha256'),
               'L': o.config['block_size'], **provenance(c, o.method, o.config, o.device),
               'torch': torch.__version__, 'command': shlex.join(['python', 'eval.py', *argv])}
     results = []

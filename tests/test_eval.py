@@ -241,6 +241,20 @@ def prepare(tmp_path, name, chars=CHARS, **options):
     return str(tmp_path / name)
 
 
+def test_data_that_was_prepared_again_is_noticed(tmp_path, capsys):
+    """Its validation texts may have been trained on. Other texts can still be evaluated."""
+    data = prepare(tmp_path, 'set')
+    sha256 = lib.tokens.Tokens(data, 'val', L).sha256
+    make('mdlm', 'out/m', dataset=data, data_sha256=sha256)
+    evaluation.main(['--out_dir=out/m', *ARGS])
+    assert lines(open('out/m/eval.jsonl').read())[0]['data_sha256'] == sha256
+    text = ''.join(CHARS[i] for i in torch.randint(9, (700,), generator=generator(1)))
+    lib.prepare.write(data, {'val': lambda: iter([(text[:300], True), (text[300:], True)])}, 'char')
+    with pytest.raises(UserError, match='prepared again'):
+        evaluation.main(['--out_dir=out/m', *ARGS])
+    evaluation.main(['--out_dir=out/m', f'--data={prepare(tmp_path, "other")}', *ARGS])
+
+
 def test_every_result_is_one_object_here_and_in_the_file(tmp_path, capsys):
     data = prepare(tmp_path, 'set')
     make('di', 'out/d', dataset=data)
