@@ -606,7 +606,8 @@ class Quantizer(nn.Module):
         # running means of how many vectors of a batch chose each code, and of their sum
         self.register_buffer('counts', torch.full((size,), dead_below))
         self.register_buffer('sums', self.codebook * dead_below)
-        self.met = []  # (vectors, codes) of this step's micro-batches
+        # (vectors, codes) of this step's micro-batches, each of which gets a graph of its own when compiled
+        self.met = []
 
     @in_fp32
     def nearest(self, e):
@@ -623,12 +624,8 @@ class Quantizer(nn.Module):
         quantised = self.codebook[codes]
         loss = self.commitment * F.mse_loss(e, quantised)
         if learning:
-            self.note(e.detach(), codes)
+            self.met.append((e.detach(), codes))
         return e + (quantised - e).detach(), codes, loss
-
-    @torch.compiler.disable  # a list that grows would be recompiled at every length
-    def note(self, e, codes):
-        self.met.append((e, codes))
 
     @torch.no_grad()
     def learn(self, finite, noise):

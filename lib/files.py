@@ -34,7 +34,8 @@ def whole(*paths):
         if len(paths) > 1 and os.path.exists(paths[-1]):
             os.remove(paths[-1])
         for path in paths:
-            os.replace(temps.pop(0), path)
+            os.replace(temps[0], path)
+            del temps[0]
         sync_folder(folder)
     except OSError as e:
         raise UserError(f'cannot write {paths[-1]} ({e.strerror or e})') from e
