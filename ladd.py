@@ -149,6 +149,7 @@ class Noised(NamedTuple):
 class Vectors:
     """Co-LADD: Gaussian diffusion of z (b, M, D)."""
     name, likelihood, schedules = 'Co-LADD', 'token channel', ('vp_linear', 'vp_cosine', 'vp_sqrt')
+    has_codebook = False  # which stage 1 trains, also where the encoder is frozen
 
     def __init__(self, config):
         self.config, self.outputs = config, config.latent_dim
@@ -206,6 +207,7 @@ class Codes:
     """Di-LADD: masked diffusion of codes z (b, M), where K = codebook_size stands for [mask]."""
     # not geometric: with alpha_0 < 1 the bound of the codes would need a reconstruction term, too
     name, likelihood, schedules = 'Di-LADD', 'bound', ('linear', 'polynomial')
+    has_codebook = True
 
     def __init__(self, config):
         self.config, self.outputs = config, config.codebook_size
@@ -310,7 +312,7 @@ class LADD(mdlm.MDLM):
         self.name, self.likelihood, self.encoder_name = self.channel.name, self.channel.likelihood, c.encoder
         if c.stored_latents:
             self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
-        if not c.stage1_iters and not (c.encoder and c.latent == 'continuous'):
+        if not c.stage1_iters and (not c.encoder or self.channel.has_codebook):
             self.untrained_part = 'stage 2 freezes encoder and codebook: train them first, ' \
                                   '--stage1_iters=N, or bring them along, --init_from=out/OTHER'
 
@@ -508,13 +510,13 @@ def refuse(c, channel):
     if c.encoder and c.num_latents > c.block_size:
         raise ValueError(f'a frozen encoder has a state for each of the {c.block_size} tokens, too few for '
                          f'num_latents={c.num_latents}')
-    if c.encoder and c.stage1_iters and c.latent == 'continuous':
+    if c.encoder and c.stage1_iters and not channel.has_codebook:
         raise ValueError(f'stage 1 would train a frozen encoder; Co-LADD with encoder={c.encoder} wants '
                          'stage1_iters=0')
     if c.stored_latents and c.encoder_dropout:
         raise ValueError('encoder_dropout blanks what the mask of each step hides, which stored latents '
                          'cannot: stored_latents=True wants encoder_dropout=False')
-    if c.latent == 'discrete' and c.vq_start and c.vq_start >= c.stage1_iters:
+    if channel.has_codebook and c.vq_start and c.vq_start >= c.stage1_iters:
         raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than '
                          f'stage1_iters={c.stage1_iters}')
 
