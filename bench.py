@@ -134,7 +134,7 @@ def measure_training(method, c, device):
 
     # first without AdamW's state and the averaged weights: memory of forward and backward alone
     trainer = train.Trainer(method, c, device)
-    trainer.optimizer, trainer.ema = torch.optim.SGD(trainer.params, fused=True), trainer.params
+    trainer.optimizers, trainer.ema = [torch.optim.SGD(trainer.params, fused=True)], trainer.params
     for step in range(2):
         trainer.step(step, batch, texts)
     result = {'gradient_memory': peak_memory(device)}

@@ -22,9 +22,9 @@ def rope_table(length, head_dim, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """Rotates the pairs (i, i + head_dim/2) of x (B, H, S, head_dim) by the angles of their positions."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotates the pairs (i, i + head_dim/2) of x (..., S, head_dim) by the angles of their positions."""
+    (a, b), cos, sin = x.chunk(2, dim=-1), cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attend(q, k, v, causal):
@@ -90,8 +90,8 @@ class Block(nn.Module):
         qkv = [m.qkv(modulate(m.norm1(x), *a[:2])) for m, x, a in zip(self.modalities, xs, ada)]
         qkv = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1)                       # (B, S, 3 d)
         qkv = qkv.view(B, -1, 3, self.num_heads, d // self.num_heads)                  # (B, S, 3, H, d / H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                           # each (B, H, S, d / H)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                               # (2 or 1, B, H, S, d / H)
+        (q, k), (v,) = rotate(qk, cos, sin), v
         if cache is not None:  # (k, v) of earlier positions, for sampling token by token
             k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache, (k, v)))
             cache[:] = k, v

@@ -52,7 +52,7 @@ class Config(Keys):
     compile: bool = False          # torch.compile; on a CPU it needs a C++ compiler and takes a minute
     batch_size: int = key(64, at_least=1)  # sequences per step, over all processes
     micro_batch: int = key(0, at_least=0)  # sequences per forward pass of a process; 0: all that it has
-    # the optimizer: AdamW
+    optimizer: str = key('adamw', choices=('adamw', 'muon'))  # see make_optimizers
     max_iters: int = key(10000, at_least=1)
     learning_rate: float = key(3e-4, at_least=0)
     warmup_iters: int = key(0, at_least=0)  # steps of linear warmup
@@ -87,6 +87,25 @@ def learning_rate(c, step):
     return c.learning_rate * (c.min_lr + (1 - c.min_lr) * fall)
 
 
+def make_optimizers(method, c):
+    """AdamW for all weights, or with Muon for the matrices inside of blocks -> list of optimizers.
+
+    Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) moves a matrix along its averaged gradient
+    with all singular values set to 1, here scaled to the size of AdamW's moves, so that both share a rate.
+    Embeddings, heads, AdaLN and vectors stay with AdamW.
+    """
+    named = list(method.named_parameters())
+    inner = [p for name, p in named if c.optimizer == 'muon' and p.dim() == 2
+             and '.blocks.' in name and '.ada.' not in name]
+    taken = {id(p) for p in inner}
+    matrices = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
+    vectors = [p for _, p in named if p.dim() <= 1]
+    common = dict(lr=c.learning_rate, weight_decay=c.weight_decay)
+    adamw = torch.optim.AdamW([{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}], **common,
+                              betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+    return [adamw, torch.optim.Muon(inner, **common, adjust_lr_fn='match_rms_adamw')] if inner else [adamw]
+
+
 class Trainer:
     """A method in training, with its optimizer and its averaged weights: all that a step changes."""
 
@@ -100,10 +119,7 @@ class Trainer:
         torch.set_float32_matmul_precision('high')
         self.names, self.params = zip(*method.named_parameters())
         self.ema = [p.detach().clone() for p in self.params]
-        matrices, vectors = [p for p in self.params if p.dim() > 1], [p for p in self.params if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{'params': matrices}, {'params': vectors, 'weight_decay': 0.0}], lr=c.learning_rate,
-            betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=c.weight_decay, fused=True)
+        self.optimizers = make_optimizers(method, c)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
         self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)  # steps not finite
 
@@ -136,12 +152,14 @@ class Trainer:
 
         # --- update: skipped by the device, without asking the host, if loss or gradient is not finite ------
         finite = torch.isfinite(loss + grad_norm)
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(c, step)
-        # fused AdamW skips the step itself, as it does for a GradScaler
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = learning_rate(c, step)
+            # fused AdamW skips the step itself, as it does for a GradScaler; of Muon the host is asked
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            if not isinstance(optimizer, torch.optim.Muon) or finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         method.end_step(finite, noise)
         with torch.no_grad():  # a lower decay early on, so that even a short run forgets its start
             torch._foreach_lerp_(self.ema, self.params, 1 - min(c.ema, (step + 1) / (step + 10)))
@@ -184,21 +202,20 @@ class Trainer:
         return summed(nats).item() / (n * data.block_size)
 
     def checkpoint(self, config, step, tokens):
-        names = self.optimizer_names()
-        states = {names[i]: state for i, state in self.optimizer.state_dict()['state'].items()}
+        states = {name: optimizer.state[p] for optimizer in self.optimizers
+                  for name, p in zip(self.names, self.params) if p in optimizer.state}
         return {'config': config, 'model': self.method.state_dict(), 'ema': dict(zip(self.names, self.ema)),
                 'optimizer': states, 'step': step, 'tokens': tokens}
 
     def load(self, checkpoint):
-        numbers = {name: i for i, name in enumerate(self.optimizer_names())}
-        states = {numbers[name]: state for name, state in checkpoint['optimizer'].items()}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), 'state': states})
+        params = dict(zip(self.names, self.params))
+        for optimizer in self.optimizers:
+            mine = [p for group in optimizer.param_groups for p in group['params']]
+            numbers = {p: i for i, p in enumerate(mine)}
+            states = {numbers[params[name]]: state for name, state in checkpoint['optimizer'].items()
+                      if params[name] in numbers}
+            optimizer.load_state_dict({**optimizer.state_dict(), 'state': states})
         torch._foreach_copy_(self.ema, [checkpoint['ema'][name].to(self.device) for name in self.names])
-
-    def optimizer_names(self):
-        """The weights' names in the optimizer's order."""
-        names = {id(p): name for name, p in zip(self.names, self.params)}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group['params']]
 
 
 # ------------------------------------------------------------------------------------------------------------

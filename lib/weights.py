@@ -60,10 +60,10 @@ def check_fits(checkpoint, config, method, out_dir):
         raise UserError(f'{out_dir} holds weights only, so training cannot continue; start from them with '
                         f'--init_from={out_dir} and another --out_dir')
     old, fields = checkpoint['config'], dataclasses.fields(method.Config)
-    old = {**old, 'dataset': os.path.normpath(old.get('dataset', config['dataset']))}
+    old = {'optimizer': 'adamw', **old, 'dataset': os.path.normpath(old.get('dataset', config['dataset']))}
     # these change what weights mean without changing their shapes
     meanings = ['method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'encoder_weights']
-    meanings += ['data_sha256', 'seed']  # times and masks depend on the seed, too
+    meanings += ['data_sha256', 'seed', 'optimizer']  # times and masks depend on the seed, too
     if old['method'] == config['method']:
         unused = idle(method.Config, {**config, **old})  # runs of the first edition may hold such keys
         meanings += [f.name for f in fields if f.metadata.get('meaning') and f.name not in unused]

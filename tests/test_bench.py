@@ -76,7 +76,7 @@ def test_the_step_is_that_of_train(monkeypatch, capsys):
     steps, step = [], train.Trainer.step
 
     def recording(self, number, batch, draw_rows):
-        params, state = list(self.method.parameters()), self.optimizer.state
+        params, state = list(self.method.parameters()), self.optimizers[0].state
         numbers = step(self, number, batch, draw_rows)[1]
         averages = [e for e in self.ema if all(e is not p for p in params)]
         steps.append((number, len(averages), len(state), len(params), bool(numbers['loss'].isfinite())))
