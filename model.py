@@ -90,7 +90,7 @@ class Block(nn.Module):
         qkv = [m.qkv(modulate(m.norm1(x), *a[:2])) for m, x, a in zip(self.modalities, xs, ada)]
         qkv = qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=1)                       # (B, S, 3 d)
         qkv = qkv.view(B, -1, 3, self.num_heads, d // self.num_heads)                  # (B, S, 3, H, d / H)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                               # (2 or 1, B, H, S, d / H)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                               # (.., B, H, S, d / H)
         (q, k), (v,) = rotate(qk, cos, sin), v
         if cache is not None:  # (k, v) of earlier positions, for sampling token by token
             k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache, (k, v)))

@@ -82,6 +82,30 @@ def test_validation_does_not_depend_on_the_batch():
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
+def test_muon_moves_the_matrices_of_blocks():
+    """Every weight has one optimizer, and a step of Muon has the singular values that it promises.
+
+    Newton-Schulz in bfloat16 brings them into [.5, 1.3], and they are scaled by .2 times the root of the
+    longer side (Liu et al., 2025, arXiv:2502.16982), so that entries move as far as AdamW's.
+    """
+    args = [*TINY_RUN, '--optimizer=muon', '--learning_rate=0.1']
+    _, trainer, data, _, _ = train.prepare(args)
+    adamw, muon = ([p for group in o.param_groups for p in group['params']] for o in trainer.optimizers)
+    names = {id(p): name for name, p in zip(trainer.names, trainer.params)}
+    assert sorted(map(id, adamw + muon)) == sorted(names)
+    inner = ('qkv.weight', 'out.weight', 'mlp.0.weight', 'mlp.2.weight')
+    assert {names[id(p)] for p in muon} == {k for k in trainer.names if '.blocks.' in k and k.endswith(inner)}
+
+    def move(step):
+        before = [p.detach().clone() for p in muon]
+        trainer.step(step, data.batch(0, step, torch.arange(8)), None)
+        return [p.detach() - old for p, old in zip(muon, before)]
+    for step in range(4):  # heads and AdaLN's gates have to open before the blocks have a gradient
+        move(step)
+    sizes = [torch.linalg.matrix_norm(m, 2) / (0.1 * 0.2 * max(m.shape)**0.5) for m in move(4)]
+    assert len(sizes) == 4 and all(0.5 < s < 1.3 for s in sizes)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # stop and continue
 
@@ -93,10 +117,11 @@ def killed():
     raise Killed
 
 
-@pytest.mark.parametrize('method, at', [('mdlm', 15), ('ladd', 15), ('ladd', 25)])
-def test_kill_and_resume_give_the_same_next_losses(monkeypatch, capsys, method, at):
-    args = ['--dropout=0.1', '--max_iters=40', '--eval_interval=10', '--decay_lr=linear',
-            *(TWO_STAGES if method == 'ladd' else [])]
+@pytest.mark.parametrize('method, at, optimizer', [('mdlm', 15, 'adamw'), ('mdlm', 15, 'muon'),
+                                                    ('ladd', 15, 'adamw'), ('ladd', 25, 'muon')])
+def test_kill_and_resume_give_the_same_next_losses(monkeypatch, capsys, method, at, optimizer):
+    args = ['--dropout=0.1', f'--optimizer={optimizer}', '--max_iters=40', '--eval_interval=10',
+            '--decay_lr=linear', *(TWO_STAGES if method == 'ladd' else [])]
     whole = go('whole', *args)
     lines = capsys.readouterr().out.replace('\r', '\n').split('\n')
     news = [line.strip()[:26] for line in lines if ' begins' in line or 'k-means' in line]
@@ -220,10 +245,12 @@ def spoil(monkeypatch, Method, steps):
     monkeypatch.setattr(Method, 'forward', wrapped)
 
 
-def test_a_loss_that_is_not_finite_leaves_no_trace(monkeypatch):
-    go('clean', '--max_iters=6', '--ema=0')
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_loss_that_is_not_finite_leaves_no_trace(monkeypatch, optimizer):
+    args = ['--ema=0', f'--optimizer={optimizer}']
+    go('clean', '--max_iters=6', *args)
     spoil(monkeypatch, mdlm.MDLM, {6})
-    go('spoilt', '--max_iters=7', '--ema=0')
+    go('spoilt', '--max_iters=7', *args)
     assert same(weights('spoilt'), weights('clean'))
     a, b = (checkpoint.load(f'{name}/ckpt.pt')['optimizer'] for name in ('spoilt', 'clean'))
     assert a.keys() == b.keys() and all(same(a[name], b[name]) for name in b)
@@ -290,7 +317,7 @@ def test_batch_must_divide_among_the_processes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('arg', ['--hidden=32', '--num_layers=2', '--num_heads=1', '--method=ladd',
-                                 '--dataset=other', '--seed=1'])
+                                 '--dataset=other', '--seed=1', '--optimizer=muon'])
 def test_another_shape_is_refused_with_the_way_out(arg):
     go('a', '--max_iters=2')
     before = open('a/ckpt.pt', 'rb').read(), open('a/log.jsonl', 'rb').read()
@@ -354,9 +381,10 @@ train.open_data = helpers.open_toy
 RUN = 'run(train.main)\n'
 
 
-def test_accumulation_equals_one_batch():
-    one = go('one', '--max_iters=10')
-    many = go('many', '--max_iters=10', '--micro_batch=2')
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_accumulation_equals_one_batch(optimizer):
+    args = ['--max_iters=10', f'--optimizer={optimizer}']
+    one, many = go('one', *args), go('many', *args, '--micro_batch=2')
     assert torch.allclose(torch.tensor(one), torch.tensor(many), rtol=1e-4)
 
 
