@@ -106,6 +106,9 @@ class Config(mdlm.Config):
     latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
     num_latents: int = key(1, at_least=1, meaning=True)  # M
     latent_dim: int = key(32, at_least=1)  # D
+    # where attention finds them: behind the text, or each in the middle of the piece that it is about, the
+    # M-th part of the text (our experiment)
+    latents: str = key('behind', choices=('behind', 'spread'), meaning=True)
     latent_schedule: str = key('vp_sqrt', meaning=True)  # see Vectors.schedules and Codes.schedules
     codebook_size: int = key(511, at_least=1, only=DI)  # K; the paper's 512 counts the mask
     vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; small batches need more
@@ -125,7 +128,12 @@ class Config(mdlm.Config):
     times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or drawn on its own
     p_drop: float = key(0.0, at_least=0, at_most=1, only=CO)  # probability that a text loses its latent
     encoder_dropout: bool = False  # hide masked tokens from the encoder, too, at a rate of U[0, .9] per text
-    p_start: float = key(0.0, at_least=0, at_most=1)  # share of texts with t_x = 1, in stage 2 (our choice)
+    # in stage 2, the share of texts with t_x = 1, t_z = 0 and t_z = 1 (our choice)
+    p_start: float = key(0.0, at_least=0, at_most=1)
+    p_clean: float = key(0.0, at_least=0, at_most=1)
+    p_noise: float = key(0.0, at_least=0, at_most=1)
+    # stage 3 (our experiment) trains the latent denoiser alone from this step on; 0: there is none
+    stage3_start: int = key(0, at_least=0, only={'latent_layers': Not([0])})
     # stage 1. All but its length is our choice; config/sawtooth_di_ladd.py says why
     stage1_iters: int = key(0, at_least=0)
     stage1_t_min: float = key(0.0, at_least=0, at_most=1, only=STAGE1)  # t_x ~ U[stage1_t_min, 1]
@@ -293,7 +301,7 @@ class LADD(mdlm.MDLM):
 
     def __init__(self, config):
         c = config
-        super().__init__(c, c.num_latents)
+        super().__init__(c, latents_at(c))
         self.channel = {'continuous': Vectors, 'discrete': Codes}[c.latent](c)
         refuse(c, self.channel)
         self.stage = 2  # begin_step sets it while training
@@ -310,6 +318,7 @@ class LADD(mdlm.MDLM):
             self.latent_head = nn.Linear(c.hidden, self.channel.outputs)
         # what the scripts ask
         self.name, self.likelihood, self.encoder_name = self.channel.name, self.channel.likelihood, c.encoder
+        self.lr_restarts = (c.stage3_start,) if c.stage3_start else ()
         if c.stored_latents:
             self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
         if not c.stage1_iters and (not c.encoder or self.channel.has_codebook):
@@ -344,7 +353,7 @@ class LADD(mdlm.MDLM):
     def begin_step(self, step, noise, draw_rows):
         """Sets the stage."""
         c = self.config
-        self.stage = 1 if step < c.stage1_iters else 2
+        self.stage = 1 if step < c.stage1_iters else 3 if 0 < c.stage3_start <= step else 2
         self.encoder.train(self.stage == 1)
 
         def encoded_rows(n):
@@ -356,6 +365,8 @@ class LADD(mdlm.MDLM):
         news = self.channel.begin_step(step, self.stage, encoded_rows, noise)
         if 0 < step == c.stage1_iters:
             news = 'stage 2 begins: encoder and codebook, if any, are frozen, and the latent loss joins'
+        if 0 < step == c.stage3_start:
+            news = 'stage 3 begins: all but the latent denoiser is frozen'
         return news
 
     def end_step(self, finite, noise):
@@ -372,7 +383,8 @@ class LADD(mdlm.MDLM):
         t_x = times_from(1e-4, t_x)
         if stage1 and c.stage1_clean:
             return t_x, torch.zeros_like(t_x)
-        return t_x, noise.times('t_z') if c.times == 'independent' else t_x
+        t_z, u = noise.times('t_z') if c.times == 'independent' else t_x, noise.uniform('extremes')
+        return t_x, torch.where(u < c.p_clean, 0.0, torch.where(u > 1 - c.p_noise, 1.0, t_z))
 
     def forward(self, x, noise, z_0=None):
         """Training loss of x (b, L) int64, LADD eq. (14), and logs.
@@ -380,6 +392,8 @@ class LADD(mdlm.MDLM):
         z_0: stored latents (b, M, D), instead of encoding x.
         """
         c, stage1 = self.config, self.stage == 1
+        if self.stage == 3:
+            return self.prior_loss(x, noise, z_0)
         t_x, t_z = self.draw_times(noise)
         x_t, mask = self.corrupt(x, t_x, noise)                                        # (b, L), (b, L)
         blank = None
@@ -405,6 +419,14 @@ class LADD(mdlm.MDLM):
                 logs[name] = self.channel.loss(prediction, latents, t_z)
                 loss = loss + c.lambda_z * logs[name]
         return loss, {k: v.detach() for k, v in (logs | {'loss': loss}).items()}
+
+    def prior_loss(self, x, noise, z_0=None):
+        """The loss of stage 3: the latent denoiser's alone."""
+        t = noise.times('t_z')
+        with torch.no_grad():
+            latents = self.channel.noised(self.encode(x, None, z_0), t, noise, learning=False)
+        loss = self.channel.loss(self.predict_latent(latents.z_t, t, None), latents, t)
+        return loss, {'loss': loss.detach(), 'seq_latent_loss': loss.detach()}
 
     # --- likelihood ---
 
@@ -524,6 +546,13 @@ def refuse(c, channel):
 # ------------------------------------------------------------------------------------------------------------
 # encoders: LADD appendix D
 
+def latents_at(c):
+    """Positions of the latents, (M,), among tokens at 0, 1, ..., L - 1."""
+    if c.latents == 'behind':
+        return torch.arange(c.block_size, c.block_size + c.num_latents)
+    return (torch.arange(c.num_latents) + 0.5) * c.block_size / c.num_latents - 0.5
+
+
 class Encoder(nn.Module):
     """Learned: a DiT over the tokens and M query positions; its outputs at these are the latent.
 
@@ -532,10 +561,12 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        self.num_latents = c.num_latents
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
-        self.queries = nn.Parameter(torch.randn(c.num_latents, c.hidden))
-        length = c.block_size + c.num_latents
-        self.dit = DiT(c.hidden, c.encoder_layers, c.num_heads, c.cond_dim, length, dropout=c.dropout)
+        # latents that are spread differ by their place alone
+        self.queries = nn.Parameter(torch.randn(1 if c.latents == 'spread' else c.num_latents, c.hidden))
+        positions = torch.cat((torch.arange(c.block_size), latents_at(c)))
+        self.dit = DiT(c.hidden, c.encoder_layers, c.num_heads, c.cond_dim, positions, dropout=c.dropout)
         self.out = nn.Linear(c.hidden, c.latent_dim)
 
     def forward(self, x, blank=None):
@@ -543,7 +574,8 @@ class Encoder(nn.Module):
         e = self.embed(x)
         if blank is not None:
             e = e.masked_fill(blank[..., None], 0)
-        h = self.dit(torch.cat((e, self.queries.expand(len(x), -1, -1)), dim=1))       # (b, L + M, d)
+        queries = self.queries.expand(len(x), self.num_latents, -1)
+        h = self.dit(torch.cat((e, queries), dim=1))                                   # (b, L + M, d)
         return self.out(h[:, x.shape[1]:])
 
     def backbones(self):

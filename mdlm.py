@@ -170,14 +170,16 @@ class MDLM(Method):
     name, Config, likelihood = 'MDLM', Config, 'bound'
     samplers, takes_prompt = SAMPLERS, True
 
-    def __init__(self, config, num_latents=0):
+    def __init__(self, config, latents_at=None):
+        """latents_at: positions (M,) of a second modality; LADD is this class with one."""
         super().__init__()
         c = self.config = config
         self.mask_id = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size + 1, c.hidden)
-        modalities = 2 if num_latents else 1  # LADD is this class with a second modality
-        length = c.block_size + num_latents
-        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, length, modalities, c.dropout)
+        positions, modalities = torch.arange(c.block_size), 1
+        if latents_at is not None:
+            positions, modalities = torch.cat((positions, latents_at)), 2
+        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, positions, modalities, c.dropout)
         self.head = nn.Linear(c.hidden, c.vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.weight)

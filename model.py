@@ -14,10 +14,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def rope_table(length, head_dim, base=10000.0):
-    """cos and sin of RoPE (Su et al., 2021, arXiv:2104.09864), each (length, head_dim / 2)."""
+def rope_table(positions, head_dim, base=10000.0):
+    """cos and sin of RoPE (Su et al., 2021, arXiv:2104.09864), each (S, head_dim / 2).
+
+    positions: (S,), or S for 0, 1, ..., S - 1.
+    """
+    if isinstance(positions, int):
+        positions = torch.arange(positions)
     freqs = base ** (-torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.arange(length)[:, None] * freqs
+    angles = positions[:, None] * freqs
     return angles.cos(), angles.sin()
 
 
@@ -111,7 +116,7 @@ class DiT(nn.Module):
     Embeddings and heads belong to the methods.
     """
 
-    def __init__(self, hidden, num_layers, num_heads, cond_dim, max_len, modalities=1, dropout=0.0,
+    def __init__(self, hidden, num_layers, num_heads, cond_dim, positions, modalities=1, dropout=0.0,
                  causal=False):
         super().__init__()
         if hidden % (2 * num_heads):
@@ -122,7 +127,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
         self.ada = nn.ModuleList(nn.Linear(cond_dim, 2 * hidden) for _ in range(modalities))
-        cos, sin = rope_table(max_len, hidden // num_heads)
+        cos, sin = rope_table(positions, hidden // num_heads)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         for layer in [m.ada for b in self.blocks for m in b.modalities] + list(self.ada):

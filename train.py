@@ -78,11 +78,13 @@ EVAL_SEED = 0xE0A1  # evaluation draws the same times and masks at every step of
 # ------------------------------------------------------------------------------------------------------------
 # a step
 
-def learning_rate(c, step):
-    """Linear warmup, then constant, half a cosine or a line."""
-    if step < c.warmup_iters:
-        return c.learning_rate * (step + 1) / c.warmup_iters
-    x = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)  # 0 ... 1
+def learning_rate(c, step, restarts=()):
+    """Linear warmup, then constant, half a cosine or a line; and the same again from each of `restarts`."""
+    begin = max(s for s in (0, *restarts) if s <= step)
+    end = min((s for s in (*restarts, c.max_iters) if s > step), default=c.max_iters)
+    if step - begin < c.warmup_iters:
+        return c.learning_rate * (step - begin + 1) / c.warmup_iters
+    x = (step - begin - c.warmup_iters) / max(1, end - begin - c.warmup_iters)  # 0 ... 1
     fall = {'constant': 1.0, 'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x}[c.decay_lr]
     return c.learning_rate * (c.min_lr + (1 - c.min_lr) * fall)
 
@@ -123,6 +125,9 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
         self.skipped, self.in_a_row, self.most_in_a_row = torch.zeros(3, device=device)  # steps not finite
 
+    def rate(self, step):
+        return learning_rate(self.c, step, self.method.lr_restarts)
+
     def step(self, step, batch, draw_rows):
         """One step on our share of the batch -> numbers for the log, all still on the device.
 
@@ -154,7 +159,7 @@ class Trainer:
         finite = torch.isfinite(loss + grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = learning_rate(c, step)
+                group['lr'] = self.rate(step)
             # fused AdamW skips the step itself, as it does for a GradScaler; of Muon the host is asked
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
             if not isinstance(optimizer, torch.optim.Muon) or finite:
@@ -330,7 +335,7 @@ def loop(config, trainer, train_data, val_data, done, tokens):
             stopped_by = largest(max(received, default=0))
             to_log, to_validate, to_save = due(c, done, stopped_by, trainer.method.likelihood)
             if to_log:
-                log.step(done, tokens, learning_rate(c, step), logs, numbers)
+                log.step(done, tokens, trainer.rate(step), logs, numbers)
             if to_validate:
                 log.validation(done, trainer.evaluate(val_data, c.eval_seqs))
             if to_save and trainer.rank == 0:  # after this step's records: whoever resumes here misses none

@@ -39,6 +39,7 @@ class Method(nn.Module):
     encoder_name = ''             # the frozen encoder that it reads texts with: hub id, folder or out/NAME
     wants_summary = False         # whether it needs the encoder's summary of a text, too
     stored_latents = {}           # num_latents and latent_dim, if it trains on what data/encode.py stored
+    lr_restarts = ()              # steps at which the learning rate begins again, warmup and all
     untrained_part = ''           # why it cannot train from scratch, if another run has to train a part first
 
     def attach(self, encoder):

@@ -78,7 +78,7 @@ def reference(net, xs, ts, heads, causal=False):
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_dit_is_its_definition(causal):
-    net = scrambled_dit(16, 2, 2, 8, max_len=9, causal=causal)
+    net = scrambled_dit(16, 2, 2, 8, positions=9, causal=causal)
     x, t = torch.randn(3, 7, 16, dtype=torch.float64), torch.tensor([0.1, 0.5, 1.0])
     h = net(x, t=[t])
     for b in range(3):
@@ -91,7 +91,7 @@ def test_mm_dit_is_its_definition():
 
     The positions of the second modality follow those of the first.
     """
-    net = scrambled_dit(16, 2, 4, 8, max_len=9, modalities=2)
+    net = scrambled_dit(16, 2, 4, 8, positions=9, modalities=2)
     x, z, t = torch.randn(2, 5, 16).double(), torch.randn(2, 3, 16).double(), torch.tensor([0.25, 0.75])
     h_x, h_z = net(x, z, t=[None, t])
     for b in range(2):
@@ -102,7 +102,7 @@ def test_mm_dit_is_its_definition():
 
 def test_one_modality_with_shared_weights_is_the_dit():
     """An MM-DiT whose modalities hold equal weights and times is the DiT over the concatenation."""
-    one, two = scrambled_dit(16, 2, 2, 8, max_len=8), DiT(16, 2, 2, 8, max_len=8, modalities=2).double()
+    one, two = scrambled_dit(16, 2, 2, 8, positions=8), DiT(16, 2, 2, 8, max_len=8, modalities=2).double()
     weights = one.state_dict()
     shared = {k: re.sub(r'(modalities|time|ada)\.1', r'\1.0', k) for k in two.state_dict()}
     two.load_state_dict({k: weights[name] for k, name in shared.items()})
@@ -112,7 +112,7 @@ def test_one_modality_with_shared_weights_is_the_dit():
 
 def test_blocks_begin_as_the_identity():
     torch.manual_seed(0)
-    net = DiT(16, 3, 2, 8, max_len=8, modalities=2)
+    net = DiT(16, 3, 2, 8, positions=8, modalities=2)
     x, z = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
     h_x, h_z = net(x, z, t=[torch.rand(2), torch.rand(2)])
     torch.testing.assert_close(h_x, F.layer_norm(x, (16,)))
@@ -133,7 +133,7 @@ def test_rope_sees_distances_only():
 
 
 def test_order_matters_to_the_dit():
-    net = scrambled_dit(16, 1, 2, 8, max_len=8)
+    net = scrambled_dit(16, 1, 2, 8, positions=8)
     x = torch.randn(1, 6, 16).double()
     order = torch.tensor([1, 0, 2, 3, 4, 5])
     assert (net(x[:, order]) - net(x)[:, order]).abs().max() > 1e-2
@@ -141,7 +141,7 @@ def test_order_matters_to_the_dit():
 
 @pytest.mark.parametrize('prefill', [0, 4])
 def test_caches_give_the_full_causal_pass(prefill):
-    net = scrambled_dit(16, 3, 2, 8, max_len=10, causal=True)
+    net = scrambled_dit(16, 3, 2, 8, positions=10, causal=True)
     x = torch.randn(2, 10, 16).double()
     caches = [[torch.zeros(2, 2, 0, 8).double(), torch.zeros(2, 2, 0, 8).double()] for _ in range(3)]
     h = [net(x[:, :prefill], caches=caches)] if prefill else []
@@ -150,7 +150,7 @@ def test_caches_give_the_full_causal_pass(prefill):
 
 
 def test_causal_positions_do_not_see_ahead():
-    net = scrambled_dit(16, 2, 2, 8, max_len=8, causal=True)
+    net = scrambled_dit(16, 2, 2, 8, positions=8, causal=True)
     x = torch.randn(1, 8, 16).double()
     later = x.clone()
     later[:, 5:] += 1
@@ -181,7 +181,7 @@ def test_flops_are_those_of_table_12(hidden, layers, S, gflops):
 
 
 def test_attention_has_no_biases():
-    net = DiT(16, 2, 2, 8, max_len=8, modalities=2)
+    net = DiT(16, 2, 2, 8, positions=8, modalities=2)
     names = [name for name, _ in net.named_parameters()]
     assert sum('qkv' in name for name in names) == sum('.out.' in name for name in names) == 4
     assert not [name for name in names if ('qkv' in name or '.out.' in name) and 'bias' in name]
