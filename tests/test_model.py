@@ -102,7 +102,7 @@ def test_mm_dit_is_its_definition():
 
 def test_one_modality_with_shared_weights_is_the_dit():
     """An MM-DiT whose modalities hold equal weights and times is the DiT over the concatenation."""
-    one, two = scrambled_dit(16, 2, 2, 8, positions=8), DiT(16, 2, 2, 8, max_len=8, modalities=2).double()
+    one, two = scrambled_dit(16, 2, 2, 8, positions=8), DiT(16, 2, 2, 8, positions=8, modalities=2).double()
     weights = one.state_dict()
     shared = {k: re.sub(r'(modalities|time|ada)\.1', r'\1.0', k) for k in two.state_dict()}
     two.load_state_dict({k: weights[name] for k, name in shared.items()})
