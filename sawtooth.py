@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
@@ -121,13 +122,15 @@ def project(x, directions):
         return torch.from_numpy(np.sort((theta @ x.float().T).numpy(), axis=1))
 
 
-def swd(x, draws=3, directions=1000):
-    """Sliced Wasserstein distance of order 1 of x (n, L), raw {0, 1} vectors, to as many fresh texts.
-
-    The mean over `draws` sets of fresh texts.
-    """
+def distances(x, draws, directions=1000):
+    """Sliced Wasserstein distances, of order 1, of x (n, L), raw {0, 1} vectors, to `draws` fresh sets."""
     px = project(x, directions)
-    return float(np.mean([(px - reference(d, len(x), directions)).abs().mean() for d in range(draws)]))
+    return [(px - reference(d, len(x), directions)).abs().mean().item() for d in range(draws)]
+
+
+def swd(x, draws=3, directions=1000):
+    """The mean of the distances, a float."""
+    return float(np.mean(distances(x, draws, directions)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +210,8 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
 
 
 def exact_records(n, steps):
-    floor = [dict(name='data', n=n, swd=swd(Sawtooth('fresh').texts(n)))]
+    d = distances(Sawtooth('fresh').texts(n), 3)
+    floor = [dict(name='data', n=n, swd=float(np.mean(d)), error=float(np.std(d, ddof=1)))]
     return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T)))
                     for kind in EXACT for T in steps]
 
@@ -267,7 +271,7 @@ def print_tables(records):
         runs = dict.fromkeys(str(len(curve[T])) for T in steps if T in curve)
         means = [np.mean(curve[T]) if T in curve else None for T in steps]
         rows.append([name, *cells(*means), ', '.join(runs)])
-    title = f'SWD from {floor[0]["n"]:,} samples, token steps'
+    title = f'SWD from {floor[0]["n"]:,} samples, ± {floor[0]["error"]:.4f} for the draw; token steps'
     print_table(title, [*map(str, steps), 'runs'], rows, sys.stdout)
 
 
@@ -317,11 +321,13 @@ def report(method):
     if method.name not in ('MDLM', *LATENT_STEPS):
         return
     n, steps = 4096, (1, 2, 4)
-    print(f'training is done; now token losses and samples of {n:,} texts each, trained and exact, which may '
-          'take a minute', flush=True)
     records = [dict(r, name=method.name) for r in token_losses(method, n)]
-    records += [dict(name=method.name, strategy=strategy, steps=T, n=n, swd=swd(draw(method, n, T, strategy)))
-                for strategy in method.strategies for T in steps]
+    jobs = [(strategy, T) for strategy in method.strategies for T in steps]
+    with tqdm(total=sum(T for _, T in jobs), desc=f'sampling {n:,} texts each', unit='step') as bar:
+        for strategy, T in jobs:
+            x = draw(method, n, T, strategy)
+            records.append(dict(name=method.name, strategy=strategy, steps=T, n=n, swd=swd(x)))
+            bar.update(T)
     print_tables(records + exact_records(n, steps))
 
 

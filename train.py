@@ -358,7 +358,7 @@ def main(argv):
             if trainer.rank == 0:
                 print(f'stopped after step {done:,}; the same command continues')
             sys.exit(128 + stopped_by)
-        if trainer.rank == 0 and config['dataset'] == 'sawtooth':
+        if trainer.rank == 0 and config['dataset'] == 'sawtooth' and done > start:
             with trainer.averaged():
                 report(trainer.method)
 
