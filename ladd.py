@@ -318,7 +318,7 @@ class LADD(mdlm.MDLM):
             self.latent_head = nn.Linear(c.hidden, self.channel.outputs)
         # what the scripts ask
         self.name, self.likelihood, self.encoder_name = self.channel.name, self.channel.likelihood, c.encoder
-        self.lr_restarts = (c.stage3_start,) if c.stage3_start else ()
+        self.lr_restarts = (c.stage3_start,) if c.stage3_start and c.latent_layers else ()
         if c.stored_latents:
             self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
         if not c.stage1_iters and (not c.encoder or self.channel.has_codebook):
@@ -353,7 +353,7 @@ class LADD(mdlm.MDLM):
     def begin_step(self, step, noise, draw_rows):
         """Sets the stage."""
         c = self.config
-        self.stage = 1 if step < c.stage1_iters else 3 if 0 < c.stage3_start <= step else 2
+        self.stage = 1 if step < c.stage1_iters else 2 + any(step >= s for s in self.lr_restarts)
         self.encoder.train(self.stage == 1)
 
         def encoded_rows(n):
@@ -381,9 +381,10 @@ class LADD(mdlm.MDLM):
         elif c.p_start:
             t_x = torch.where(noise.uniform('start') < c.p_start, 1.0, t_x)
         t_x = times_from(1e-4, t_x)
-        if stage1 and c.stage1_clean:
-            return t_x, torch.zeros_like(t_x)
-        t_z, u = noise.times('t_z') if c.times == 'independent' else t_x, noise.uniform('extremes')
+        t_z = noise.times('t_z') if c.times == 'independent' else t_x
+        if stage1:
+            return t_x, torch.zeros_like(t_z) if c.stage1_clean else t_z
+        u = noise.uniform('extremes')
         return t_x, torch.where(u < c.p_clean, 0.0, torch.where(u > 1 - c.p_noise, 1.0, t_z))
 
     def forward(self, x, noise, z_0=None):
@@ -540,6 +541,9 @@ def refuse(c, channel):
                          'cannot: stored_latents=True wants encoder_dropout=False')
     if channel.has_codebook and c.vq_start and c.vq_start >= c.stage1_iters:
         raise ValueError(f'the codebook starts within stage 1: vq_start={c.vq_start} must be less than '
+                         f'stage1_iters={c.stage1_iters}')
+    if 0 < c.stage3_start <= c.stage1_iters:
+        raise ValueError(f'stage 3 comes after the others: stage3_start={c.stage3_start} must be more than '
                          f'stage1_iters={c.stage1_iters}')
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import chi_square, close, generator, scrambled, spy, whole
 
-from ladd import LADD, Config, Quantizer, abar, code_step, ddim_step, joint, latent_chain
+from ladd import LADD, Config, Quantizer, abar, code_step, ddim_step, joint, latent_chain, latents_at
 from mdlm import alpha
 
 SCHEDULES = 'vp_linear', 'vp_cosine', 'vp_sqrt'
@@ -372,8 +372,47 @@ def test_p_start_masks_everything_in_its_share():
     assert masked[t == 1].all() and sum(int(log['overflow']) for log in logs) == 0
 
 
+def test_shares_of_clean_latents_and_of_noise():
+    """They are disjoint, in stage 2 only, and leave the tokens' times alone."""
+    plain = make(stage1_iters=10)
+    model = make(stage1_iters=10, p_clean=0.5, p_noise=0.25)
+    for m in plain, model:
+        m.begin_step(0, whole(16), draw_rows)
+    assert all(torch.equal(*pair) for pair in zip(times_of(model, 5), times_of(plain, 5)))
+    for m in plain, model:
+        m.begin_step(10, whole(16), draw_rows)
+    t_x, t_z = times_of(model, 100)
+    assert torch.equal(t_x, next(times_of(plain, 100)))
+    for share, there in ((0.5, t_z == 0), (0.25, t_z == 1)):
+        assert abs(there.sum() - 1600 * share) < 4.5 * (1600 * share * (1 - share))**0.5
+    for t, masked in ((0.0, 0), (1.0, 12)):  # what these times mean for codes
+        z = make('discrete').channel.corrupt(torch.zeros(6, 2).long(), torch.full((6,), t), whole(6))
+        assert (z == 5).sum() == masked
+
+
 # ------------------------------------------------------------------------------------------------------------
-# the two stages
+# where latents stand
+
+def test_spread_latents_stand_in_the_middle_of_their_pieces():
+    for M, places in ((2, [1, 4]), (3, [0.5, 2.5, 4.5]), (6, [0, 1, 2, 3, 4, 5])):  # of L = 6 tokens
+        assert latents_at(Config(**{**TINY, 'num_latents': M, 'latents': 'spread'})).tolist() == places
+    assert latents_at(Config(**TINY)).tolist() == [6, 7]
+
+
+def test_spread_latents_differ_by_their_place_alone():
+    """A text that is turned around gives its latents in turned order, once positions are turned, too."""
+    model = make(latents='spread').double()
+    x = texts(8)
+    z = model.encoder(x)
+    assert (z[:, 0] - z[:, 1]).abs().min(dim=1).values.max() > 0
+    with torch.no_grad():
+        rope = model.encoder.dit
+        rope.cos, rope.sin = rope.cos.clone(), -rope.sin  # RoPE of positions -p, the same as of 5 - p
+    torch.testing.assert_close(model.encoder(x.flip(1)), z.flip(1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the three stages
 
 @pytest.mark.parametrize('latent', LATENTS)
 def test_stage_one_teaches_the_encoder_by_the_tokens_alone(latent):
@@ -431,6 +470,39 @@ def test_stage_two_leaves_encoder_and_codebook_bit_identical(latent):
             assert not torch.equal(begun[key], before[key]), key
     assert all(p.grad is None for p in model.encoder.parameters())
     assert {'latent_loss', 'seq_latent_loss'} < set(logs)
+
+
+@pytest.mark.parametrize('latent', LATENTS)
+def test_stage_three_trains_the_latent_denoiser_alone(latent):
+    """On clean targets of all times, with the loss that stage 2 gives it; no other weight has a gradient."""
+    model = make(latent, stage1_iters=1, stage3_start=3, latent_layers=1, p_clean=0.5)
+    assert model.lr_restarts == (3,)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3, 8):
+        noise = whole(16, step=step)
+        news = model.begin_step(step, noise, draw_rows)
+        assert (news is not None) == (step == 3)
+        loss, logs = model(texts(16), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.end_step(FINITE, noise)
+    for key, value in model.state_dict().items():
+        if 'freqs' not in key:
+            assert torch.equal(before[key], value) != key.startswith('latent_'), key
+    assert all((p.grad is not None) == k.startswith('latent_') for k, p in model.named_parameters())
+
+    with torch.no_grad():
+        model.config.p_clean, model.config.times = 0.0, 'independent'
+        stage3 = model(texts(16), noise)[1]['loss']
+        model.stage = 2
+        assert torch.equal(model(texts(16), noise)[1]['seq_latent_loss'], stage3)
+
+
+def test_stage_three_comes_last():
+    with pytest.raises(ValueError, match='stage3_start=3 must be more than stage1_iters=3'):
+        make(stage1_iters=3, stage3_start=3, latent_layers=1)
 
 
 def test_begin_step_switches_by_itself():

@@ -387,7 +387,7 @@ def test_later_micro_batches_need_no_new_graph(name):
 
 SIZES = dict(block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, encoder_layers=1, num_latents=2,
              latent_dim=4, codebook_size=5, latent_layers=1, decoder_layers=1, stage1_iters=4, vq_start=2,
-             adaptive_bins=4, adaptive_every=3, encoder_warmup=6)
+             adaptive_bins=4, adaptive_every=3, encoder_warmup=6, stage3_start=6)
 # settings that the configs describe beside the one that they set
 LADD_SETTINGS = {
     'stored': 'text_co_ladd --stored_latents=True --encoder_dropout=False',
@@ -411,7 +411,8 @@ SETTINGS |= {f'ldlm: {name}': ['shakespeare_char_ldlm', *args.split()]
              for name, args in LDLM_SETTINGS.items()}
 # other values, where "one more" or "the other one" would be refused or too small to show in a few steps
 OTHERS = dict(block_size=10, hidden=32, num_heads=1, dropout=0.5, vq_decay=0.5, dead_below=5.0, lambda_x=0.5,
-              lambda_z=0.5, p_drop=0.5, p_start=0.5, stage1_t_min=0.5, self_conditioning=1.0, tangent=1.0,
+              lambda_z=0.5, p_drop=0.5, p_start=0.5, p_clean=0.5, p_noise=0.5, stage3_start=6,
+              stage1_t_min=0.5, self_conditioning=1.0, tangent=1.0,
               latent_length=2.0, layer=-1, encoder_warmup=3, adaptive_every=2, adaptive_memory=0.5,
               adaptive_floor=0.9, sigma_dec=2.0, mask_states=0.6)
 # whose effect is on what the scripts open and read, or (after stage 1) on the log, and not on other numbers
