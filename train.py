@@ -297,7 +297,8 @@ def prepare(argv):
         trainer.load(checkpoint)
     if config['compile']:
         # the whole forward pass; on a CPU without the heads, whose number of rows changes from step to step
-        compile_in_place(method.backbones() if device.type == 'cpu' else [method], device)
+        asked = any(arg.startswith('--compile') for arg in argv)
+        compile_in_place(method.backbones() if device.type == 'cpu' else [method], device, required=asked)
     progress = (checkpoint['step'], checkpoint['tokens']) if checkpoint else (0, 0)
     return config, trainer, train_data, val_data, progress
 
@@ -326,10 +327,11 @@ def loop(config, trainer, train_data, val_data, done, tokens):
     """Trains until max_iters or a signal -> the number of steps done, and the signal or 0."""
     c, stopped_by = trainer.c, 0
     feed = batches(train_data, c, trainer.rows, done, trainer.device)
-    with heed_signals() as received, closing(Log(config, trainer, done, tokens)) as log, closing(feed):
+    log, start = Log(config, trainer, done, tokens), done
+    with closing(log), closing(feed), heed_signals(lambda: done > start) as received:
         for step, batch, draw_rows in feed:
             logs, numbers = trainer.step(step, batch, draw_rows)
-            done, tokens = step + 1, tokens + c.batch_size * c.block_size
+            done, tokens, log.doing = step + 1, tokens + c.batch_size * c.block_size, ''
             log.bar.update()
             # all processes stop after the same step; a signal from here on waits for the next one
             stopped_by = largest(max(received, default=0))
@@ -337,7 +339,9 @@ def loop(config, trainer, train_data, val_data, done, tokens):
             if to_log:
                 log.step(done, tokens, trainer.rate(step), logs, numbers)
             if to_validate:
-                log.validation(done, trainer.evaluate(val_data, c.eval_seqs))
+                with log.saying('validating'):
+                    nats = trainer.evaluate(val_data, c.eval_seqs)
+                log.validation(done, nats)
             if to_save and trainer.rank == 0:  # after this step's records: whoever resumes here misses none
                 save(os.path.join(c.out_dir, 'ckpt.pt'), trainer.checkpoint(config, done, tokens))
             if to_validate or to_save:

@@ -28,13 +28,18 @@ def device_name(device):
     return f'{device.type} ({torch.get_num_threads()} threads)'
 
 
-def compile_in_place(modules, device):
+def compile_in_place(modules, device, required=True):
     """torch.compile without a wrapper module, so that names in the state dict stay as they are.
 
-    UserError if the device is a CPU and no C++ compiler is installed.
+    If the device is a CPU and no C++ compiler is installed: UserError, or unless it is required, a line that
+    says so and no compiling.
     """
     compilers = os.environ.get('CXX', 'g++'), 'g++', 'clang++', 'cl'
     if device.type == 'cpu' and not any(map(shutil.which, compilers)):
+        if not required:
+            print('no C++ compiler (g++ or clang++) is installed: this run does without compile=True, and is '
+                  'slower')
+            return
         raise UserError('compile=True needs a C++ compiler (g++ or clang++) on a CPU; install one, '
                         'or do without: --compile=False')
     for module in modules:

@@ -4,7 +4,9 @@ What a training run reports while it runs: log.jsonl, the progress bar, and Weig
 import math
 import os
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -40,6 +42,23 @@ class Log:
         self.bar = tqdm(total=self.c.max_iters, initial=start, disable=not self.first, unit='step',
                         mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
         self.clock, self.tokens = time.time(), tokens
+        self.doing = 'compiling, once' if self.c.compile else ''
+        self.closed = threading.Event()
+        if self.first:
+            threading.Thread(target=self.keep_moving, daemon=True).start()
+
+    def keep_moving(self):
+        """While no step ends, redraws the bar, so that its clock moves, and says what takes so long."""
+        while not self.closed.wait(self.bar.mininterval):
+            waiting = time.time() - self.bar.last_print_t > 2 * self.bar.mininterval
+            self.bar.set_description(self.doing if waiting else '', refresh=waiting)
+
+    @contextmanager
+    def saying(self, what):
+        """Within, the bar says what the run does instead of a step."""
+        self.doing = what
+        yield
+        self.doing = ''
 
     def begin(self, config, start):
         """The first words and the first writes."""
@@ -110,6 +129,7 @@ class Log:
                            f'perplexity {perplexity:.2f}{caveat}')
 
     def close(self):
+        self.closed.set()
         self.bar.close()
         if self.first:
             self.release()

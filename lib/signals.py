@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def heed_signals():
+def heed_signals(something_to_save=lambda: True):
     """A context with a list that receives SIGINT, SIGTERM or SIGHUP, so that the program can finish its step.
 
-    A second signal does not wait: it raises KeyboardInterrupt.
+    A second signal does not wait, nor does a first one with nothing to save: it raises KeyboardInterrupt.
     """
     received = []
 
     def on_signal(signum, frame):
-        if received:
+        if received or not something_to_save():
             raise KeyboardInterrupt
         received.append(signum)
     def heeded(s):  # nohup has SIGHUP ignored, and Windows has none

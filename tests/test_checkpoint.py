@@ -331,8 +331,11 @@ def test_a_device_that_is_not_there():
         pick_device('tpu')
 
 
-def test_compile_without_a_compiler(monkeypatch):
+def test_compile_without_a_compiler(monkeypatch, capsys):
     monkeypatch.setenv('PATH', '')
     with pytest.raises(UserError, match='needs a C.. compiler .* --compile=False'):
         compile_in_place([torch.nn.Linear(1, 1)], torch.device('cpu'))
     compile_in_place([torch.nn.Linear(1, 1)], torch.device('cuda'))  # a GPU has its own
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: pytest.fail('compiled'))
+    compile_in_place([torch.nn.Linear(1, 1)], torch.device('cpu'), required=False)
+    assert 'no C++ compiler' in capsys.readouterr().out

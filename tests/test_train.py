@@ -1,8 +1,10 @@
 """train.py: it learns and says so, continues exactly, survives bad days, and many processes equal one."""
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -157,6 +159,28 @@ def test_a_signal_saves_first(monkeypatch, not_nohup, signum):
     assert e.value.code == 128 + signum and checkpoint.load('parts/ckpt.pt')['step'] == 7
     assert go('parts', '--max_iters=12') == whole
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_before_the_first_step_does_not_wait(monkeypatch, capfd):
+    """While compiling, for instance; `run` ends such a command quietly."""
+    at_step(monkeypatch, mdlm.MDLM, 0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        go('a', '--max_iters=2')
+    assert not os.path.exists('a/ckpt.pt') and log('a') == []
+
+
+def test_a_long_wait_is_explained(monkeypatch, capfd):
+    """The bar's clock moves while the first step compiles and while the run validates."""
+    monkeypatch.setattr(train, 'compile_in_place', lambda *args, required: None)
+    bar = lib.log.tqdm
+    monkeypatch.setattr(lib.log, 'tqdm', lambda **keys: bar(**{**keys, 'mininterval': 0.01}))
+    at_step(monkeypatch, mdlm.MDLM, 0, lambda: time.sleep(1.5))
+    evaluate = train.Trainer.evaluate
+    monkeypatch.setattr(train.Trainer, 'evaluate', lambda *args: [time.sleep(0.3), evaluate(*args)][1])
+    go('a', '--max_iters=2', '--compile=True')
+    shown = capfd.readouterr().err
+    assert re.search('compiling, once:   0%.*00:01', shown) and 'validating: 100%' in shown
+    assert shown.index('validating') > shown.rindex('compiling')
 
 
 def test_a_second_signal_does_not_wait():
