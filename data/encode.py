@@ -9,8 +9,8 @@ was made of something else. In it are
     train.bin, val.bin   (chunks, M, D) in bfloat16: for all chunks of block_size tokens, side by side, the
                          encoder's states, pooled to M vectors and cut to D coordinates; scaling to length 1
                          comes later, so Co-LADD and Di-LADD share them
-    meta.json            the encoder's name and weights, the tokens (checksums) and the shape; it is written
-                         last, so a folder without it is not whole
+    meta.json            the encoder's name and weights, the tokens (checksums) and the shape, checksums; it
+                         is written last, so a folder without it is not whole
 
 There is one latent per chunk. With encoder_dropout it would depend on the mask of each step, which a stored
 one cannot.
@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib/ and the methods
 from lib.configurator import UserError, configure, run
 from lib.device import pick_device
-from lib.files import whole
+from lib.files import sha256_of, whole
 from lib.tokens import Tokens, latents_of
 from methods import METHODS, attach_encoder, build
 from train import Config
@@ -45,21 +45,20 @@ def main(argv):
         method = build({**config, 'vocab_size': splits['train'].vocab_size, 'stored_latents': False})
     folder, meta = latents_of(splits['train'], c.encoder, c.num_latents, c.latent_dim)
     meta['encoder_weights'] = attach_encoder(method, splits['train'], device)
-    bytes_each = c.num_latents * c.latent_dim * 2
-    sizes = {split: len(tokens) * bytes_each for split, tokens in splits.items()}
-    if is_there(folder, meta, sizes):
+    if is_there(folder, meta):
         print(f'{folder} is there already')
         return
 
-    size, free = sum(sizes.values()), shutil.disk_usage(splits['train'].folder).free
+    total, free = sum(map(len, splits.values())), shutil.disk_usage(splits['train'].folder).free
+    size, batch = total * c.num_latents * c.latent_dim * 2, c.micro_batch or min(c.batch_size, 64)
     if size > free:
         raise UserError(f'{folder} needs {size / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB left')
-    total, batch = sum(map(len, splits.values())), c.micro_batch or min(c.batch_size, 64)
     with whole(*(os.path.join(folder, name) for name in ('train.bin', 'val.bin', 'meta.json'))) as temps, \
             torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
         with tqdm(total=total, unit='chunk', disable=None) as bar:
             for temp, tokens in zip(temps, splits.values()):
                 encode(method, tokens, temp, batch, device, bar)
+        meta['sha256'] = {split: sha256_of(temp) for split, temp in zip(splits, temps)}
         with open(temps[-1], 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
     print(f'{folder}: {total:,} chunks, {size / 1e9:,.2f} GB')
@@ -75,14 +74,15 @@ def encode(method, tokens, path, batch, device, bar):
             bar.update(len(ids))
 
 
-def is_there(folder, meta, sizes):
-    """Whether the folder holds files of these sizes {split: bytes}, and its meta.json holds just that."""
+def is_there(folder, meta):
+    """Whether the folder holds latents of just this meta.json, whole."""
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
-            same = json.load(f) == meta
-        return same and all(os.path.getsize(os.path.join(folder, f'{split}.bin')) == size
-                            for split, size in sizes.items())
-    except (OSError, ValueError):
+            stored = json.load(f)
+        sums = stored.pop('sha256')
+        return stored == meta and all(sha256_of(os.path.join(folder, f'{split}.bin')) == sums[split]
+                                      for split in ('train', 'val'))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -3,6 +3,7 @@ Files that are written whole or not at all, and files of JSON lines.
 """
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,11 @@ def whole(*paths):
                 os.remove(temp)
         for file in locks:
             file.close()
+
+
+def sha256_of(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def sync_folder(folder):

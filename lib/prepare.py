@@ -9,7 +9,7 @@ import array
 import codecs
 import collections
 import contextlib
-import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.configurator import UserError, nearest
-from lib.files import whole
+from lib.files import sha256_of, whole
 from lib.tokens import DATA, Char, cache_only_if_offline, first_line, load_tokenizer, named_tokenizer
 
 PIECE = 1 << 20  # characters; a longer document is encoded in pieces
@@ -36,8 +36,9 @@ PIECE = 1 << 20  # characters; a longer document is encoded in pieces
 def read_files(files, separator='\n\n\n'):
     """Streams local files as (text, ends), without empty documents. UserError if one cannot be read.
 
-    Text is UTF-8, taken as it is; a document ends at every `separator` (None: nowhere) and with the file.
-    A .parquet file holds one document per row, in its column `text`.
+    Text is UTF-8; "\\r\\n" and "\\r" are read as "\\n", and a byte order mark is dropped. A document ends at
+    every `separator` (None: nowhere) and with the file. A .parquet file holds one document per row, in its
+    column `text`.
     """
     size = sum(os.path.getsize(f) for f in files if os.path.isfile(f))
     with tqdm(total=size, unit='B', unit_scale=True, disable=None) as bar:
@@ -47,20 +48,32 @@ def read_files(files, separator='\n\n\n'):
                     yield from read_parquet(path)
                 else:
                     yield from split_documents(read_blocks(path, bar), separator)
-            except UnicodeDecodeError as e:
-                raise UserError(f'{path} is not UTF-8 ({e.reason}); '
-                                f'convert it: iconv -f LATIN1 -t UTF-8 {path}') from e
+            except UnicodeError as e:
+                raise UserError(f'{path} is not UTF-8 ({e}); {advice(path)}') from e
             except OSError as e:
                 raise UserError(f'cannot read {path}: {e.strerror or e}') from e
 
 
 def read_blocks(path, bar):
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    with open(path, 'rb') as f:  # text mode would change "\r\n"
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8-sig')(), translate=True)
+    with open(path, 'rb') as f:
         while block := f.read(1 << 20):
             bar.update(len(block))
+            if block.count(0) > len(block) / 4:  # UTF-16 without a byte order mark would pass
+                raise UnicodeError('it is full of zero bytes')
             yield decoder.decode(block)
     yield decoder.decode(b'', final=True)
+
+
+def advice(path):
+    """What to do about a file that is not UTF-8."""
+    with open(path, 'rb') as f:
+        start = f.read(1 << 12)
+    if start.startswith((b'\x1f\x8b', b'PK\x03\x04', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')):
+        return 'it is compressed: unpack it first'
+    if start.startswith((b'\xff\xfe', b'\xfe\xff')) or start.count(0) > len(start) / 4:
+        return f'it seems to be UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE'
+    return f'if it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 {path} > NEW_FILE'
 
 
 def split_documents(blocks, separator):
@@ -157,9 +170,10 @@ def encode_all(stream, tok, workers):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # after an error or Ctrl-C there is no need to wait for tasks that have not begun
-            for future in pending:
-                future.cancel()
+        except BaseException:  # an error or a signal: nobody needs what the workers are at
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def tasks(stream):
@@ -182,8 +196,8 @@ def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
 
     streams: {split: a function that starts its stream of (text, ends)}
     tokenizer: 'char' for the characters of this text, or a name for named_tokenizer
-    tail: what moves from the end of train to val: an int is a number of documents, a float a fraction of them
-        (at least one; of a single document, a fraction of its tokens); None if `streams` is split already
+    tail: what moves from the end of train to val: an int is a number of documents, a float a fraction of
+        them, see move_tail; None if `streams` is split already
     rule: the split in words;  wrap: chunks are to be BOS ... EOS;  workers: processes that encode
     """
     folder = os.path.join(DATA, name)
@@ -199,9 +213,8 @@ def write(name, streams, tokenizer, tail=None, rule='', wrap=False, workers=1):
         if tail:
             lengths = move_tail(*temps, *lengths, tail, dtype_of(tok).itemsize)
         for split, temp, ids_per_document in zip(bins, temps, lengths):
-            with open(temp, 'rb') as f:
-                meta[split] = dict(documents=len(ids_per_document), tokens=sum(ids_per_document),
-                                   sha256=hashlib.file_digest(f, 'sha256').hexdigest())
+            meta[split] = dict(documents=len(ids_per_document), tokens=sum(ids_per_document),
+                               sha256=sha256_of(temp))
         with open(meta_temp, 'w', encoding='utf-8') as f:
             json.dump(meta, f, indent=1)
     for split, path in bins.items():
@@ -251,18 +264,34 @@ def write_ids(path, stream, tok, workers):
     return lengths
 
 
+def cut_in_two(lengths, tokens):
+    """Lengths of documents -> the same after a cut behind so many tokens, how many documents follow it."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    i = int(np.searchsorted(ends, tokens))  # the document in which the cut falls, or that ends there
+    rest = int(ends[i]) - tokens
+    before, after = [*lengths[:i], lengths[i] - rest], [rest] * (rest > 0) + [*lengths[i + 1:]]
+    return before + after, len(after)
+
+
 def move_tail(train, val, lengths, tail, itemsize):
-    """Moves the end of the file `train` to the file `val` -> the number of ids of each document, for both."""
+    """Moves the end of the file `train` to the file `val` -> the number of ids of each document, for both.
+
+    A fraction of the documents that would be less than half or more than twice that fraction of the tokens
+    is one of the tokens instead, and a document is cut in two.
+    """
     documents, n = len(lengths), tail
     if isinstance(tail, float):
-        n = min(max(1, round(tail * documents)), documents - 1)
-    if n >= documents:
+        n, tokens = max(1, round(tail * documents)), sum(lengths)
+        share = sum(lengths[-n:]) / tokens
+        if not tail / 2 <= share <= tail * 2:
+            if documents > 1:
+                print(f'the last {n:,} of {documents:,} documents would be {share:.1%} of the tokens, not '
+                      f'{tail:.1%}: validation is the last {tail:.1%} of the tokens instead, cut out of a '
+                      'document (--split says where documents end)')
+            lengths, n = cut_in_two(lengths, min(max(1, int(tokens * (1 - tail))), tokens - 1))
+    if n >= len(lengths):
         raise UserError(f'validation takes the last {n:,} documents, but the input holds {documents:,}: '
                         'choose a smaller --val_documents')
-    if n == 0:  # a single document becomes two
-        tokens = sum(lengths)
-        first = min(max(1, int(tokens * (1 - tail))), tokens - 1)
-        lengths, n = [first, tokens - first], 1
     start = sum(lengths[:-n]) * itemsize
     with open(train, 'r+b') as f, open(val, 'wb') as g:
         f.seek(start)
@@ -301,6 +330,10 @@ class Arguments(argparse.ArgumentParser):
             raise UserError('--workers must be at least 1')
         args.wrap = args.wrap == 'True'
         for path in args.input or []:
+            if os.path.isdir(path):
+                raise UserError(f'{path} is a folder; name the files in it: --input {path.rstrip("/")}/*')
+            if path == '-' or os.path.exists(path) and not os.path.isfile(path):
+                raise UserError(f'--input {path} is a stream, and text is read twice: save it to a file')
             if not os.path.isfile(path):
                 raise UserError(f'there is no file {path}')
         return args

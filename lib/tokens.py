@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from lib.configurator import UserError
+from lib.files import sha256_of
 from lib.noise import Noise
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
@@ -52,7 +53,8 @@ class Char(Tokenizer):
         try:
             return [[self.ids[c] for c in text] for text in texts]
         except KeyError as e:
-            raise UserError(f'character {e.args[0]!r} is not one of the {len(self.chars)} known') from None
+            raise UserError(f'character {e.args[0]!r} is not one of the {len(self.chars)} that the tokenizer '
+                            'knows: leave it out of the text, or train on data that has it') from None
 
     def decode(self, ids):
         return ''.join('<|endoftext|>' if i == self.eos_id else self.chars[i] for i in map(int, ids))
@@ -168,6 +170,13 @@ def prepare_command(folder):
     return f'python data/text/prepare.py --input FILE --tokenizer=gpt2|char|HUB_ID --name={name}'
 
 
+def folder_of(name_or_path):
+    """The folder of a prepared set: one of data/, or any other."""
+    folder = os.path.join(DATA, name_or_path)
+    elsewhere = not os.path.isdir(folder) and os.path.isdir(name_or_path)
+    return os.path.abspath(name_or_path) if elsewhere else folder
+
+
 def read_meta(folder):
     """meta.json as a dict, with every entry that we rely on. UserError if it is missing or damaged."""
     try:
@@ -193,14 +202,22 @@ def is_sound(meta):
             and isinstance(meta['tokenizer']['kind'], str) and meta['dtype'] in ('uint16', 'uint32'))
 
 
-def open_array(path, dtype, shape, command):
-    """Maps a file into memory -> (the open file, the array). UserError, with the command that writes the file
-    again, unless it has exactly the array's size."""
+CHEAP = 1 << 26  # bytes: a file as small as this is read once more to compare its checksum
+
+
+def open_array(path, dtype, shape, command, sha256):
+    """Maps a file into memory -> (the open file, the array).
+
+    UserError, with the command that writes the file again, unless it has exactly the array's size and, if it
+    is small and its sha256 is known, that checksum. data/check.py compares those of large files.
+    """
     size = os.path.getsize(path) if os.path.exists(path) else 0
     expected = math.prod(shape) * np.dtype(dtype).itemsize
     if size != expected:
         raise UserError(f'data file {"shrank" if size < expected else "grew"}: {path} has {size:,} bytes '
                         f'instead of {expected:,}: run {command} again')
+    if sha256 and size <= CHEAP and sha256_of(path) != sha256:
+        raise UserError(f'data file changed: {path} is not as it was written: run {command} again')
     file = open(path, 'rb')
     return file, np.memmap(file, dtype, 'r', shape=shape)
 
@@ -228,20 +245,21 @@ class Tokens:
     """
 
     def __init__(self, name_or_path, split, block_size):
-        self.folder, self.split, self.block_size = os.path.join(DATA, name_or_path), split, block_size
-        if not os.path.isdir(self.folder) and os.path.isdir(name_or_path):
-            self.folder = os.path.abspath(name_or_path)
+        self.folder, self.split, self.block_size = folder_of(name_or_path), split, block_size
         self.meta = meta = read_meta(self.folder)
         if split not in meta:
             raise UserError(f'{self.folder} has no {split} split')
         self.vocab_size, self.tokenizer, self.wrap = meta['vocab_size'], meta['tokenizer'], meta['wrap']
         self.sha256 = '-'.join(str(meta[s].get('sha256', '?'))[:16] for s in ('train', 'val') if s in meta)
         path, count = os.path.join(self.folder, split + '.bin'), meta[split]['tokens']
-        self.file, self.ids = open_array(path, meta['dtype'], (count,), prepare_command(self.folder))
+        self.file, self.ids = open_array(path, meta['dtype'], (count,), prepare_command(self.folder),
+                                         meta[split].get('sha256'))
         self.body = block_size - 2 * self.wrap  # ids that a chunk takes from the file
         if not 1 <= self.body <= count:
+            larger = ', or prepare more for validation: --val_fraction' * (split == 'val')
             raise UserError(f'{path} holds {count:,} tokens, which make no chunk of block_size {block_size}; '
-                            f'give --block_size=N, from {1 + 2 * self.wrap} to {count + 2 * self.wrap}')
+                            f'give --block_size=N, from {1 + 2 * self.wrap} to {count + 2 * self.wrap}'
+                            f'{larger}')
 
     def __len__(self):
         return len(self.ids) // self.body
@@ -303,6 +321,7 @@ class WithLatents:
             with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as f:
                 meta = json.load(f)
             changed = [key for key in wanted if meta.get(key) != wanted[key]]
+            sha256 = meta.get('sha256', {}).get(tokens.split)
         except FileNotFoundError:
             raise UserError(f'there are no stored latents in {folder}: run {command}') from None
         except (OSError, ValueError, AttributeError) as e:
@@ -314,7 +333,7 @@ class WithLatents:
         self.vocab_size, self.block_size = tokens.vocab_size, tokens.block_size
         self.tokenizer, self.wrap, self.sha256 = tokens.tokenizer, tokens.wrap, tokens.sha256
         path, shape = os.path.join(folder, tokens.split + '.bin'), (len(tokens), num_latents, latent_dim)
-        self.file, self.latents = open_array(path, np.uint16, shape, command)  # numpy has no bfloat16
+        self.file, self.latents = open_array(path, np.uint16, shape, command, sha256)  # no bfloat16 in numpy
 
     def __len__(self):
         return len(self.tokens)

@@ -2,8 +2,10 @@
 
 Every tokenizer is built here.
 """
+import gzip
 import http.client
 import importlib
+import io
 import itertools
 import json
 import os
@@ -11,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,7 +127,7 @@ def snapshot(folder):
 def test_round_trip(kind, tmp_path, monkeypatch, cli):
     documents = ['the cat\n\nsat', ODD, 'on the mat  ', ' \n\n', ' the end\n']
     # where a document ends in line breaks, the first three in a row are the separator
-    documents = '\n\n\n'.join(documents).split('\n\n\n')
+    documents = '\n\n\n'.join(documents).replace('\r\n', '\n').replace('\r', '\n').split('\n\n\n')
     source = save(tmp_path / 'in.txt', '\n\n\n'.join(documents))
     name = {'char': lambda: 'char', 'gpt2': lambda: tiktoken_gpt2(tmp_path, monkeypatch),
             'hf': lambda: hf_folder(tmp_path), 'qwen': lambda: qwen_folder(tmp_path)}[kind]()
@@ -131,7 +135,7 @@ def test_round_trip(kind, tmp_path, monkeypatch, cli):
     assert cli('text', '--input', source, *argv) == 0
     meta = read_meta(tmp_path / 'data/t')
     tok = load_tokenizer(meta['tokenizer'], meta['vocab_size'])
-    assert (meta['train']['documents'], meta['val']['documents']) == (3, 2)
+    assert meta['train']['documents'] + meta['val']['documents'] in (5, 6)  # 6: one is in both
     ids = everything('t', 'train') + everything('t', 'val')
     assert ids.count(tok.eos_id) == 5  # "<|endoftext|>" in the text is not EOS
     texts, start = [], 0
@@ -293,6 +297,81 @@ def test_split_rules():
         write('k2', digits, 'char', tail=10)
 
 
+def test_line_ends_and_a_byte_order_mark(tmp_path, monkeypatch):
+    """However the blocks cut them, they are no characters of the text."""
+    text = 'one\n\n\ntwo\nlines\n\n\n\nthree'
+    dos, mac = text.replace('\n', '\r\n'), text.replace('\n', '\r')
+    for i, written in enumerate((text, dos, mac, '\ufeff' + text)):
+        source = save(tmp_path / f'{i}.txt', written)
+        assert list(lib.prepare.read_files([str(source)])) == [('one', True), ('two\nlines', True),
+                                                               ('\nthree', True)]
+    for cut in range(1, 8):
+        blocks = io.BytesIO(('\ufeff' + dos).encode())
+        monkeypatch.setattr(lib.prepare, 'open', lambda *args, b=blocks, n=cut: b, raising=False)
+        blocks.read = lambda n, read=blocks.read, cut=cut: read(cut)
+        assert ''.join(lib.prepare.read_blocks('x', SimpleNamespace(update=bool))) == text
+
+
+@pytest.mark.parametrize('lengths, tail, parts, said', [
+    ([100] * 50, 0.02, (4900, 100), ''), ([1000], 0.1, (900, 100), ''),
+    ([42, 300_000], 0.02, (294_041, 6001), 'would be 100.0% of the tokens, not 2.0%'),  # a title, a book
+    ([400, 420, 176], 0.05, (946, 50), 'would be 17.7% of the tokens, not 5.0%'),
+    ([90, 100, 10], 0.3, (140, 60), 'would be 5.0% of the tokens, not 30.0%'),
+    ([70, 60, 60, 10], 0.25, (150, 50), 'would be 5.0% of the tokens, not 25.0%')])
+def test_validation_has_the_share_that_was_asked_for(lengths, tail, parts, said, tmp_path, capsys):
+    """Within a factor of two by whole documents, otherwise by tokens."""
+    ids = np.arange(sum(lengths), dtype=np.uint32)
+    ids.tofile(tmp_path / 'train')
+    train, val = lib.prepare.move_tail(tmp_path / 'train', tmp_path / 'val', lengths, tail, 4)
+    assert (sum(train), sum(val)) == parts and len(train) + len(val) in (len(lengths), len(lengths) + 1)
+    files = [np.fromfile(tmp_path / name, np.uint32) for name in ('train', 'val')]
+    assert np.array_equal(np.concatenate(files), ids) and len(files[1]) == parts[1]
+    out = capsys.readouterr().out
+    assert (said in out) if said else out == ''
+
+
+def test_check_reads_every_byte(tmp_path, monkeypatch, capsys):
+    """A byte changes: reading a small set finds it, data/check.py that of any."""
+    prepared('t')
+
+    def check():
+        monkeypatch.setattr(sys, 'argv', ['check.py', 't'])
+        try:
+            run(importlib.import_module('data.check').main)
+        except SystemExit as e:
+            return e.code
+    assert check() is None and capsys.readouterr().out.count(': whole\n') == 2
+    path = tmp_path / 'data/t/train.bin'
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(UserError, match='train.bin is not as it was written: run python data/text'):
+        Tokens('t', 'train', 16)
+    monkeypatch.setattr(lib.tokens, 'CHEAP', 10)
+    Tokens('t', 'train', 16)
+    assert check() == 2
+    shown = capsys.readouterr()
+    assert 'train.bin: DAMAGED' in shown.out and 'val.bin: whole' in shown.out
+    assert 'not as they were written' in shown.err
+
+
+def never_ending(task):
+    time.sleep(3600)
+
+
+def test_a_signal_does_not_wait_for_the_workers(tmp_path, monkeypatch):
+    """They sleep as if a tokenizer never ended."""
+    prepared('words')
+    monkeypatch.setattr(lib.prepare, 'encode', never_ending)
+
+    def stream():
+        yield '12', True
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    start = time.time()
+    with pytest.raises(SystemExit):
+        write('t', {'train': stream}, str(tmp_path / 'data/words'), tail=1, workers=2)
+    assert time.time() - start < 1800 and not (tmp_path / 'data/t').exists()
+
+
 def test_a_data_source_says_what_it_is(tmp_path):
     """Tokens and WithLatents have the same attributes and give tuples that begin with the ids."""
     tokens = prepared(wrap=True)
@@ -402,7 +481,14 @@ BAD = [  # arguments, what the line says
     ('text', ['--input', 'latin.txt'], 'latin.txt is not UTF-8'),
     ('text', ['--input', 'good.txt', 'cut.txt'], 'cut.txt is not UTF-8'),
     ('text', ['--input', 'nowhere.txt'], 'nowhere.txt'),
-    ('text', ['--input', '.'], 'no file'),
+    ('text', ['--input', '.'], '. is a folder; name the files in it: --input ./*'),
+    ('text', ['--input', '-'], 'save it to a file'),
+    ('text', ['--input', 'pipe'], 'save it to a file'),
+    ('text', ['--input', 'latin.txt'], 'iconv -f LATIN1 -t UTF-8 latin.txt > NEW_FILE'),
+    ('text', ['--input', 'packed.gz'], 'it is compressed: unpack it first'),
+    ('text', ['--input', 'utf16.txt'], 'iconv -f UTF-16 -t UTF-8 utf16.txt > NEW_FILE'),
+    ('text', ['--input', 'utf16le.txt'], 'iconv -f UTF-16 -t UTF-8 utf16le.txt > NEW_FILE'),
+    ('text', ['--input', 'good.txt', '--name=sawtooth'], '--name=sawtooth is taken'),
     ('text', [], '--input'),
     ('text', ['--input', 'good.txt', '--tokeniser=char'], '--tokenizer'),
     ('text', ['--input', 'good.txt', '--tokenizer=./nowhere'], './nowhere'),
@@ -428,6 +514,10 @@ def test_mistakes_are_one_line(name, argv, says, tmp_path, monkeypatch, capsys, 
     save(tmp_path / 'empty.txt', '')
     (tmp_path / 'latin.txt').write_bytes('good\n\n\ncaf\u00e9 au lait'.encode('latin1'))
     (tmp_path / 'cut.txt').write_bytes('caf\u00e9'.encode()[:-1])
+    (tmp_path / 'packed.gz').write_bytes(gzip.compress(b'good'))
+    (tmp_path / 'utf16.txt').write_bytes('good'.encode('utf-16'))
+    (tmp_path / 'utf16le.txt').write_bytes('good'.encode('utf-16-le'))
+    os.mkfifo(tmp_path / 'pipe')
     (tmp_path / 'broken.parquet').write_bytes(b'PAR1 no')
     if 'parquet' in ' '.join(argv):
         pytest.importorskip('pyarrow')
