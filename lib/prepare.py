@@ -283,7 +283,7 @@ def move_tail(train, val, lengths, tail, itemsize):
     if isinstance(tail, float):
         n, tokens = max(1, round(tail * documents)), sum(lengths)
         share = sum(lengths[-n:]) / tokens
-        if not tail / 2 <= share <= tail * 2:
+        if n == documents or not tail / 2 <= share <= tail * 2:
             if documents > 1:
                 print(f'the last {n:,} of {documents:,} documents would be {share:.1%} of the tokens, not '
                       f'{tail:.1%}: validation is the last {tail:.1%} of the tokens instead, cut out of a '
