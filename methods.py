@@ -34,20 +34,32 @@ def build(config):
 
 
 def open_run(out_dir, device):
-    """-> (the method in eval mode on device, with its averaged weights; its flat config, with `step`)."""
+    """-> (the method in eval mode on device, with its averaged weights; its flat config, with `step`).
+
+    An encoder that lay beside the run in training is looked for beside it now, wherever Python was started.
+    """
     checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
     method = build(checkpoint['config'])
     fill(method, averaged_weights(checkpoint), f'{out_dir}/ckpt.pt does not fit today\'s {method.name}; '
                                                'train again with --init_from=scratch')
+    method.encoder_name = moved(method.encoder_name, checkpoint['config'].get('out_dir', out_dir), out_dir)
     return method.to(device).eval(), {**checkpoint['config'], 'step': checkpoint['step']}
 
 
+def moved(name, old_base, new_base):
+    """Where a folder lies now that moved along with another one; its name, if there is no such folder."""
+    if not name or os.path.isabs(name):
+        return name
+    place = os.path.normpath(os.path.join(new_base, os.path.relpath(name, old_base)))
+    return place if os.path.isdir(place) else name
+
+
 def open_published(name, device):
-    """A hub id or folder of published MDLM weights -> (method in eval mode on device, its flat config)."""
+    """A hub id or folder of published weights (lib/hub.py) -> (method in eval mode on device, its config)."""
     config, state = load_published(name)
     method = build(config)
     fill(method, state, f'the weights of {name} do not fit its config.json')
-    return method.to(device).eval(), {**config, 'step': None}
+    return method.to(device).eval(), config
 
 
 def open_encoder(name, device):

@@ -4,6 +4,8 @@ Samples from a checkpoint of any method, with or without a prompt.
     python sample.py --out_dir=out/NAME --num_samples=16 --steps=32
     python sample.py --out_dir=out/NAME --show --start="ROMEO: [MASK:40] Juliet!"  fills the gap, then goes on
     python sample.py --out_dir=out/NAME --save=samples.npy    an int array (num_samples, L); .jsonl: ids, text
+    python sample.py --out_dir=out/NAME --save_hub=FOLDER     the run as model.safetensors and config.json,
+                                                              which --init_from=FOLDER reads
 
 A sample is what the method was trained on: a chunk of L tokens from documents joined by EOS. So what
 follows an EOS is the beginning of another document; nothing is cut off, neither here nor in the metrics of
@@ -28,6 +30,7 @@ from lib.checkpoint import is_run
 from lib.configurator import Keys, UserError, configure, defaults_of, key, run
 from lib.device import compile_in_place, pick_device
 from lib.files import whole
+from lib.hub import save_run
 from lib.tokens import DATA, Char, load_tokenizer, read_meta
 from methods import open_published, open_run
 
@@ -46,7 +49,7 @@ class Machine(Keys):
 class Shared(Machine):
     """Keys that eval.py has, too."""
     out_dir: str = ''              # a run of train.py ...
-    init_from: str = ''            # ... or HUB_ID, published weights
+    init_from: str = ''            # ... or a hub id or folder of published weights
     strategy: str = ''             # joint | seq; empty: the method's first
     latent_steps: int = 8          # of --strategy=seq: denoiser calls for the latent
     sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | remdm
@@ -65,6 +68,7 @@ class Config(Shared):
     start: str = ''                # prompt; [MASK:n] stands for n tokens to fill in, [MASK] for one
     show: bool = False             # draw the denoising of the first sample of each batch
     save: str = ''                 # FILE.npy | FILE.jsonl
+    save_hub: str = ''             # FOLDER: write the run there, to share it on the hub, and draw nothing
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,6 +226,10 @@ def main(argv):
         raise UserError('--start is empty: give a prompt, or leave it out')
     device = pick_device(c.device)
     method, config = open_model(c, device)
+    if c.save_hub:
+        save_run(c.save_hub, method, config)
+        print(f'wrote {c.save_hub}; --init_from={c.save_hub} reads it, here and in train.py and eval.py')
+        return
     options = sampling_options(c, method)
     tok = open_tokenizer(config)
     prompt = read_prompt(c.start, tok, config['block_size'], method) if c.start else None

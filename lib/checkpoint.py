@@ -25,7 +25,8 @@ FORMAT = 2
 
 def is_run(name):
     """Whether a name means a run of ours; any other is a hub id, or a folder in the hub's format."""
-    return name.startswith('out/') or os.path.exists(os.path.join(name, 'ckpt.pt'))
+    of_hub = os.path.exists(os.path.join(name, 'config.json'))
+    return name.startswith('out/') and not of_hub or os.path.exists(os.path.join(name, 'ckpt.pt'))
 
 
 def save(path, checkpoint):
@@ -50,6 +51,8 @@ def load(path):
     """
     if not os.path.isfile(path):
         folder = os.path.dirname(path)
+        if os.path.exists(os.path.join(folder, 'config.json')):
+            raise UserError(f'{folder} holds no run but weights in the hub\'s layout: --init_from={folder}')
         name = os.path.basename(folder)
         known = os.path.exists(f'config/{name}.py')
         command = f'{name}.py' if known else f'NAME.py --out_dir={folder}'

@@ -1,5 +1,8 @@
 """
-Published MDLM weights, such as kuleshov-group/mdlm-owt, converted to an MDLM of ours.
+Weights in the layout of the Hugging Face hub: model.safetensors and config.json in a folder or repository.
+
+    save_run(folder, method, config)      writes any run so, to share it: sample.py --save_hub
+    config, state = load_published(name)  reads it back, or an MDLM in the layout of kuleshov-group/mdlm-owt
 
 The official network (`models/dit.py` of kuleshov-group/mdlm) and ours compute the same function, but
 their weights differ in three places:
@@ -14,9 +17,34 @@ import os
 import torch
 
 from lib.configurator import UserError
+from lib.files import whole
 from lib.tokens import cache_only_if_offline, first_line
 
 FILES = 'model.safetensors', 'pytorch_model.bin'
+NEEDED = {'method', 'dataset', 'vocab_size', 'block_size', 'step'}  # of the config of a saved run
+
+
+def save_run(folder, method, config):
+    """Writes a method and what describes it of its flat config. UserError if it cannot be written."""
+    if os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        raise UserError(f'{folder} holds a run of train.py; give --save_hub another folder')
+    try:
+        from safetensors.torch import save_file
+    except ImportError as e:
+        raise UserError(f'{e}: pip install safetensors') from e
+    keys = [*NEEDED, 'tokenizer', 'wrap', 'data_sha256', 'encoder_weights', *vars(method.config)]
+    config = {'model_type': 'nanoladd', **{k: config[k] for k in sorted(keys) if k in config}}
+    state = {name: w.detach().cpu().clone(memory_format=torch.contiguous_format)
+             for name, w in method.state_dict().items()}
+    with whole(*(os.path.join(folder, name) for name in (FILES[0], 'config.json'))) as (weights, text):
+        save_file(state, weights, metadata={'format': 'pt'})
+        with open(text, 'w', encoding='utf-8') as f:
+            json.dump(config, f, indent=1)
+
+
+def is_saved_run(config):
+    """Whether a config of load_published is that of save_run, rather than one of MDLM's authors."""
+    return config['step'] is not None
 
 
 def fetch(hub_id):
@@ -39,7 +67,7 @@ def fetch(hub_id):
                             f'needs a network, or a folder with config.json and {FILES[0]}') from e
     try:
         with open(config, encoding='utf-8') as f:
-            config = json.load(f)
+            config = dict(json.load(f))
         if weights.endswith('.bin'):
             return config, torch.load(weights, map_location='cpu', weights_only=True)
         from safetensors.torch import load_file
@@ -83,21 +111,26 @@ def convert(state, num_layers):
 
 
 def load_published(name, method='mdlm'):
-    """A hub id, or a folder -> the flat config of an MDLM, its state dict.
+    """A hub id, or a folder -> the flat config of a method, with `step`, its state dict.
 
-    The tokenizer is GPT-2's, and a sequence is BOS ... EOS. UserError if the weights cannot be fetched,
-    are not an MDLM in the official layout, or `method` is another one.
+    Of a run that save_run has written, or of an official MDLM: its tokenizer is GPT-2's, a sequence is
+    BOS ... EOS, and `step` is None. UserError if the weights cannot be fetched, are neither of these, or
+    are an official MDLM and `method` is another one.
     """
+    c, state = fetch(name)
+    if c.get('model_type') == 'nanoladd':
+        if not NEEDED <= c.keys() or ('tokenizer' in c) != ('wrap' in c):
+            raise UserError(f'{name}/config.json is not whole; write it again with sample.py --save_hub')
+        return {k: v for k, v in c.items() if k != 'model_type'}, state
     if method != 'mdlm':
         raise UserError(f'{name} holds no run of ours, and published weights are for mdlm, not for {method}')
-    c, state = fetch(name)
     try:
         if c.get('model_type', 'mdlm') != 'mdlm' or c['time_conditioning']:
             raise KeyError(f'model_type {c.get("model_type")}, time_conditioning {c["time_conditioning"]}')
         config = dict(method='mdlm', dataset='openwebtext', tokenizer={'kind': 'gpt2'}, wrap=True,
                       vocab_size=c['vocab_size'] - 1, block_size=c['model_length'],
                       hidden=c['hidden_dim'], num_layers=c['n_blocks'], num_heads=c['n_heads'],
-                      cond_dim=c['cond_dim'], dropout=c['dropout'])
+                      cond_dim=c['cond_dim'], dropout=c['dropout'], step=None)
         return config, convert(state, config['num_layers'])
     except (KeyError, RuntimeError, AttributeError, TypeError) as e:
         raise UserError(f'{name} is not an MDLM without time conditioning in the layout of '

@@ -1,5 +1,8 @@
 """
 Where a run's weights come from: scratch, its own checkpoint, another run, or published ones.
+
+Another run is one of train.py, out/OTHER, or a folder of `sample.py --save_hub` (or its hub id): what fits
+is copied. Published weights of MDLM's authors decide the shape, and are copied whole.
 """
 import dataclasses
 import os
@@ -8,23 +11,27 @@ from types import SimpleNamespace
 from lib.checkpoint import averaged_weights, fill, is_run, load
 from lib.configurator import UserError, idle
 from lib.distributed import rank_and_world
-from lib.hub import load_published
+from lib.hub import is_saved_run, load_published
+
+OWN = 'auto', 'scratch', 'resume'
 
 
 def find_weights(config):
     """Where weights come from -> (checkpoint to continue or None, published weights or None).
 
-    Published weights bring their shape, which goes into the config.
+    Weights of MDLM's authors bring their shape, which goes into the config.
     """
     c, path = SimpleNamespace(**config), os.path.join(config['out_dir'], 'ckpt.pt')
-    if c.init_from not in ('auto', 'scratch', 'resume') and '/' not in c.init_from:
+    if c.init_from not in OWN and '/' not in c.init_from and not os.path.isdir(c.init_from):
         raise UserError('init_from is auto, scratch, resume, out/OTHER, OWNER/NAME of the hub or a folder, '
                         f'not {c.init_from!r}')
     resuming = c.init_from == 'resume' or c.init_from != 'scratch' and os.path.exists(path)
     checkpoint, published = load(path) if resuming else None, None
-    if '/' in c.init_from and not is_run(c.init_from):
+    if c.init_from not in OWN and not is_run(c.init_from):
         if not checkpoint:
             published = load_published(c.init_from, c.method)
+            if is_saved_run(published[0]):
+                return None, published
         theirs = checkpoint['config'] if checkpoint else published[0]
         shape = ['hidden', 'num_layers', 'num_heads', 'cond_dim', 'dropout']
         shape += ['block_size'] if not c.block_size else []
@@ -38,13 +45,13 @@ def load_weights(method, config, checkpoint, published):
     if checkpoint:
         check_fits(checkpoint, config, method, config['out_dir'])
         method.load_state_dict(checkpoint['model'])
-    elif published:
+    elif published and not is_saved_run(published[0]):
         if config['vocab_size'] != published[0]['vocab_size']:
             raise UserError(f'{init_from} has {published[0]["vocab_size"]:,} tokens and {config["dataset"]} '
                             f'has {config["vocab_size"]:,}; prepare the data with its tokenizer')
         fill(method, published[1], f'the weights of {init_from} do not fit its config.json')
-    elif '/' in init_from:
-        news = begin_with(method, config, init_from)
+    elif init_from not in OWN:
+        news = begin_with(method, config, init_from, *(published or averaged(init_from)))
         if rank_and_world()[0] == 0:
             print(news)
     elif method.untrained_part:
@@ -65,8 +72,11 @@ def check_fits(checkpoint, config, method, out_dir):
     meanings = ['method', 'dataset', 'tokenizer', 'wrap', 'vocab_size', 'block_size', 'encoder_weights']
     meanings += ['data_sha256', 'seed', 'optimizer']  # times and masks depend on the seed, too
     if old['method'] == config['method']:
-        unused = idle(method.Config, {**config, **old})  # runs of the first edition may hold such keys
-        meanings += [f.name for f in fields if f.metadata.get('meaning') and f.name not in unused]
+        may_differ = set(idle(method.Config, {**config, **old}))  # in runs of the first edition
+        if config.get('encoder_weights') and config['encoder_weights'] == old.get('encoder_weights'):
+            # it is the same encoder, wherever it lies now
+            may_differ |= {f.name for f in fields if config.get(f.name) == method.encoder_name}
+        meanings += [f.name for f in fields if f.metadata.get('meaning') and f.name not in may_differ]
     # an older run may lack a key
     changed = [k for k in meanings if old.get(k, config.get(k)) != config.get(k)]
     shapes = {k: v.shape for k, v in method.state_dict().items()}
@@ -79,20 +89,24 @@ def check_fits(checkpoint, config, method, out_dir):
                         'start over with --init_from=scratch, or give another --out_dir')
 
 
-def begin_with(method, config, out_dir):
-    """Copies the averaged weights and buffers that fit from the run in out_dir -> a sentence about it.
-
-    UserError if that run has another tokenizer, or nothing fits.
-    """
+def averaged(out_dir):
+    """-> the flat config of the run in out_dir, its averaged weights and buffers."""
     checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
-    old = checkpoint['config']
+    return checkpoint['config'], averaged_weights(checkpoint)
+
+
+def begin_with(method, config, name, old, theirs):
+    """Copies what fits of theirs, the state dict of the run called name -> a sentence about it.
+
+    old: that run's flat config. UserError if it has another tokenizer, or nothing fits.
+    """
     if any(old.get(k) != config.get(k) for k in ('vocab_size', 'tokenizer')):
-        raise UserError(f'{out_dir} was trained with a tokenizer other than that of {config["dataset"]}')
-    own, theirs = method.state_dict(), averaged_weights(checkpoint)
+        raise UserError(f'{name} was trained with a tokenizer other than that of {config["dataset"]}')
+    own = method.state_dict()
     fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
     fits = method.reusable(fits, old, config)
     if not fits:
-        raise UserError(f'{out_dir} has no weight in common with this method')
+        raise UserError(f'{name} has no weight in common with this method')
     method.load_state_dict(fits, strict=False)
     new = ''.join(f'; new: {k}' for k in own if k not in fits)[:200]
-    return f'{len(fits)} of {len(own)} tensors begin as {out_dir} left them{new}'
+    return f'{len(fits)} of {len(own)} tensors begin as {name} left them{new}'

@@ -6,9 +6,12 @@ import json
 import math
 import os
 
+import helpers
 import pytest
 import torch
+from helpers import TINY_METHODS, fails, generator, go, weights
 
+import sample
 import train
 from lib import hub, prepare, tokens
 from lib.configurator import UserError
@@ -194,3 +197,43 @@ def test_training_goes_on_from_published_weights(tmp_path, monkeypatch, capsys):
     (tmp_path / 'config.json').unlink()  # they are not needed any more
     go('ten', 2)
     assert 'is at step 1 of 2' in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# runs of our own
+
+@pytest.mark.parametrize('name', TINY_METHODS)
+def test_a_run_comes_back_from_a_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = helpers.make(name, 'out/a')
+    sample.main(['--out_dir=out/a', '--save_hub=share', '--device=cpu'])
+    assert sorted(os.listdir('share')) == ['config.json', 'model.safetensors']
+    (again, config), (_, before) = open_published('share', 'cpu'), open_run('out/a', 'cpu')
+    assert helpers.same(again.state_dict(), method.state_dict()) and config == {**before, **config}
+    assert vars(again.config) == vars(method.config) and config['step'] == 7
+    x = [m.sample(2, 2, generator=generator()) for m in (method, again)]
+    assert torch.equal(*x) and sample.open_tokenizer(config).decode(x[0][0]) is not None
+
+
+def test_training_starts_from_a_shared_run(tmp_path, monkeypatch, capsys):
+    """With its averaged weights, as from out/OTHER; another tokenizer and half a folder are refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, 'open_data', helpers.open_toy)
+    go('out/a', '--max_iters=2')
+    share = ['--out_dir=out/a', '--device=cpu', '--save_hub=out/shared']
+    sample.main(share)
+    averaged = {k.removeprefix('ema.'): w for k, w in weights('out/a').items() if k.startswith('ema.')}
+    go('out/b', '--init_from=out/shared', '--learning_rate=0', '--max_iters=1')
+    assert all(torch.equal(w, weights('out/b')[k]) for k, w in averaged.items())
+    assert 'tensors begin as out/shared left them' in capsys.readouterr().out
+    for argv, words in ((['--out_dir=out/shared'], '--init_from=out/shared'),
+                        ([*share[:2], '--save_hub=out/b'], 'holds a run of train.py')):
+        assert words in fails(sample, monkeypatch, capsys, *argv)
+    with open('out/shared/config.json', 'r+') as f:
+        config = json.load(f)
+        f.seek(0)
+        f.truncate()
+        json.dump({k: v for k, v in config.items() if k != 'dataset'}, f)
+    assert 'config.json is not whole' in fails(sample, monkeypatch, capsys, '--init_from=out/shared')
+    assert 'config.json is not whole' in fails(train, monkeypatch, capsys, *helpers.TINY_RUN,
+                                               '--init_from=out/shared', '--out_dir=out/c')
