@@ -88,6 +88,7 @@ class Config(Shared):
     latent_steps: str = '8'        # of --strategy=seq: denoiser calls for the latent, with commas
     num_samples: int = key(64, at_least=1)
     teacher: str = 'gpt2-large'    # a causal model of the Hugging Face hub, its folder, or out/NAME of our AR
+    encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
     plot: bool = False             # draw out/NAME/frontier.png from all of eval.jsonl
 
 
@@ -317,9 +318,17 @@ def check_metrics(metrics, method, tok):
             raise UserError('mauve needs `pip install mauve-text`') from e
 
 
-def attach(method, config, tok, device):
-    """Hands a method the frozen encoder that it reads texts with. UserError unless it is that of training."""
-    weights = attach_encoder(method, SimpleNamespace(**{**config, 'tokenizer': tok.spec}), device)
+def attach(method, config, tok, device, place):
+    """Hands a method the frozen encoder that it reads texts with. UserError unless it is that of training.
+
+    place: where it lies, if not where the run says
+    """
+    hint = '' if place else f' (if {method.encoder_name} lies elsewhere now: --encoder=FOLDER)'
+    method.encoder_name = place or method.encoder_name
+    try:
+        weights = attach_encoder(method, SimpleNamespace(**{**config, 'tokenizer': tok.spec}), device)
+    except UserError as e:
+        raise UserError(f'{e}{hint}') from e
     if config.get('encoder_weights') not in (None, weights):
         raise UserError(f'{method.encoder_name} has other weights than the encoder that this model was '
                         'trained with; put those back, or train it anew')
@@ -349,7 +358,9 @@ def prepare(argv):
         if 'smoothness' in o.metrics and o.n < 2:
             raise UserError('smoothness wants two texts at least, and there is one')
     if o.metrics & TEXT_METRICS and o.method.encoder_name:
-        attach(o.method, o.config, o.tok, o.device)
+        attach(o.method, o.config, o.tok, o.device, c.encoder)
+    elif c.encoder:
+        raise UserError('--encoder has no effect: these metrics of this run need no frozen encoder')
     if o.metrics & {'gen_ppl', 'smoothness'}:
         o.teacher = open_teacher(c.teacher, o.tok, o.device)
     return c, o

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lib.checkpoint import fingerprint
-from lib.encoders import hub_model
+from lib.configurator import UserError
+from lib.encoders import context, hub_model
 from lib.tokens import load_tokenizer
 
 
@@ -52,13 +53,26 @@ def hub_teacher(name, tok, device):
     It has nothing to predict a window's first token from.
     """
     model = hub_model('AutoModelForCausalLM', name, device, 'teacher')
-    window = min(1024, getattr(model.config, 'max_position_embeddings', 1024))  # BLOOM has no limit
+    if looks_ahead(model):
+        raise UserError(f'the teacher {name} is no causal language model: what it predicts changes with the '
+                        'tokens that follow; take one that reads from left to right, such as gpt2-large')
+    window = min(1024, context(model))
 
     def nll(ids):
         logits = model(ids).logits[:, :-1].float()
         return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none').sum(dim=1)
     translate = translation(tok, load_tokenizer({'kind': 'huggingface', 'name': name}))
     return Teacher(name, model, nll, translate, window, unscored=1)
+
+
+@torch.no_grad()
+def looks_ahead(model):
+    """Whether a token's logits change with the tokens after it, as those of a BERT do."""
+    ids = torch.arange(4, device=model.device)[None]
+    other = ids.clone()
+    other[:, -1] = 0
+    a, b = (model(x).logits[:, :-1].float() for x in (ids, other))
+    return not torch.allclose(a, b, rtol=0, atol=1e-5 * a.abs().max().item())
 
 
 def translation(ours, theirs):

@@ -77,25 +77,46 @@ class GPT2(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """Any tokenizer of `transformers`, by hub id or folder; Qwen's vocab.json and merges.txt are enough.
-    A BERT's [SEP] and [CLS] serve as EOS and BOS."""
+    """Any tokenizer of `transformers`. A BERT's [SEP] and [CLS] serve as EOS and BOS."""
 
-    def __init__(self, name):
-        if os.path.isdir(name):
-            name = os.path.abspath(name)
-        else:
+    def __init__(self, tok, spec):
+        self.tok, self.spec = tok, spec
+        self.eos_id = first_given(tok.eos_token_id, tok.sep_token_id)
+        self.bos_id = first_given(tok.bos_token_id, tok.cls_token_id, self.eos_id)
+        # tok.vocab_size leaves out added tokens, and ids may have gaps
+        self.vocab_size = max(tok.get_vocab().values()) + 1
+
+    @classmethod
+    def named(cls, name):
+        """By hub id or folder; Qwen's vocab.json and merges.txt are enough. A folder's spec holds the whole
+        tokenizer, so that data and checkpoints can be read on another machine."""
+        is_folder = os.path.isdir(name)
+        if os.path.isabs(name) and not is_folder:
+            raise ValueError('there is no such folder here; copy the tokenizer there')
+        if not is_folder:
             cache_only_if_offline()
         import transformers
         bpe, others = ('vocab.json', 'merges.txt'), ('tokenizer.json', 'tokenizer_config.json')
         if [os.path.exists(f'{name}/{f}') for f in bpe + others] == [True, True, False, False]:
-            self.tok = transformers.Qwen2TokenizerFast(vocab=f'{name}/{bpe[0]}', merges=f'{name}/{bpe[1]}')
+            tok = transformers.Qwen2TokenizerFast(vocab=f'{name}/{bpe[0]}', merges=f'{name}/{bpe[1]}')
         else:  # trust_remote_code=False, because by default it asks whether to run the repository's code
-            self.tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        self.spec = {'kind': 'huggingface', 'name': name}
-        self.eos_id = first_given(self.tok.eos_token_id, self.tok.sep_token_id)
-        self.bos_id = first_given(self.tok.bos_token_id, self.tok.cls_token_id, self.eos_id)
-        # tok.vocab_size leaves out added tokens, and ids may have gaps
-        self.vocab_size = max(self.tok.get_vocab().values()) + 1
+            tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if is_folder and tok.is_fast:
+            return cls(tok, {'kind': 'tokenizer.json', 'json': tok.backend_tokenizer.to_str(),
+                             'eos': tok.eos_token or tok.sep_token, 'bos': tok.bos_token or tok.cls_token})
+        return cls(tok, {'kind': 'huggingface', 'name': os.path.abspath(name) if is_folder else name})
+
+    @classmethod
+    def stored(cls, spec):
+        """From the spec of one in a folder."""
+        import tokenizers
+        import transformers
+        try:
+            tok = tokenizers.Tokenizer.from_str(spec['json'])
+        except Exception as e:  # it raises no subclass
+            raise ValueError(f'the stored one is damaged: {first_line(e)}') from e
+        return cls(transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=spec['eos'],
+                                                        bos_token=spec['bos']), spec)
 
     def encode_batch(self, texts):
         # split_special_tokens: "[SEP]" or "<|endoftext|>" in a text is text
@@ -120,15 +141,18 @@ def named_tokenizer(name):
 
 
 def load_tokenizer(spec, vocab_size=0):
-    """The tokenizer of a spec, which is {'kind': 'gpt2'}, {'kind': 'char', 'chars': text, 'eos': bool} or
-    {'kind': 'huggingface', 'name': hub id or folder}, for data of vocab_size ids. UserError if it cannot be
-    loaded or has fewer ids than the data."""
+    """The tokenizer of a spec, which is {'kind': 'gpt2'}, {'kind': 'char', 'chars': text, 'eos': bool},
+    {'kind': 'huggingface', 'name': hub id or folder} or {'kind': 'tokenizer.json', 'json': text, 'eos': token
+    or None, 'bos': token or None}, for data of vocab_size ids. UserError if it cannot be loaded or has fewer
+    ids than the data."""
     try:
         if spec['kind'] == 'char':
             str.encode(spec['chars'])  # raises unless it is text
             tok = Char(spec['chars'], bool(spec['eos']))
+        elif spec['kind'] == 'tokenizer.json':
+            tok = HuggingFace.stored(spec)
         else:
-            tok = GPT2() if spec['kind'] == 'gpt2' else HuggingFace(spec['name'])
+            tok = GPT2() if spec['kind'] == 'gpt2' else HuggingFace.named(spec['name'])
         if tok.vocab_size < vocab_size:
             raise ValueError(f'it has {tok.vocab_size:,} ids, but the data has {vocab_size:,}')
         return tok

@@ -1,6 +1,7 @@
 """lib/encoders.py, data/encode.py, and LADD on frozen encoders: tiny models of the hub, and AR runs."""
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,8 +21,10 @@ from lib import tokens as token_files
 from lib.checkpoint import fingerprint, save
 from lib.configurator import UserError, configure
 from lib.encoders import check_tokenizer, pool
-from lib.tokens import Tokens, WithLatents
+from lib.teacher import hub_teacher
+from lib.tokens import Tokens, WithLatents, load_tokenizer, named_tokenizer
 from methods import METHODS, attach_encoder, build, open_encoder, open_run
+from sample import open_tokenizer
 
 WORDS = '[UNK] [CLS] [SEP] The quick brown fox; times! No? to be or not that is'.split()
 TEXT = 'to be or not to be that is The brown fox; ' * 30
@@ -62,6 +65,17 @@ def hub(kind, words=WORDS):
     size = dict(vocab_size=len(words), **SMALL)
     if kind == 'bert':
         model = transformers.BertModel(transformers.BertConfig(**size))
+    elif kind in ('roberta', 'mpnet'):
+        name = {'roberta': 'Roberta', 'mpnet': 'MPNet'}[kind]
+        model = getattr(transformers, f'{name}ForMaskedLM')(getattr(transformers, f'{name}Config')(**size))
+    elif kind == 't5':
+        model = transformers.T5EncoderModel(transformers.T5Config(
+            vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=24, num_layers=3, num_heads=2))
+    elif kind == 'bart':
+        model = transformers.BartModel(transformers.BartConfig(
+            vocab_size=len(words), d_model=WIDTH, max_position_embeddings=20, **{
+                f'{half}_{key}': n for half in ('encoder', 'decoder') for key, n in
+                (('layers', 3), ('attention_heads', 2), ('ffn_dim', 24))}))
     elif kind == 'qwen3':
         model = transformers.Qwen3Model(transformers.Qwen3Config(num_key_value_heads=1, head_dim=8, **size))
     else:
@@ -155,6 +169,65 @@ def test_hub_states_are_those_of_a_plain_call(kind, layer):
     assert encoder.width == WIDTH and encoder.num_layers == 3
     torch.testing.assert_close(states, h[:, 1:-1] if kind == 'bert' else h[:, :-1])
     torch.testing.assert_close(summary, h[:, -1])
+
+
+@pytest.mark.parametrize('kind, longest', [('roberta', 17), ('mpnet', 17), ('t5', math.inf), ('bart', 19)])
+def test_encoders_that_count_positions_otherwise_or_have_a_decoder(kind, longest):
+    """Their states over the longest text that they read; of T5 and BART, those of the encoder."""
+    import transformers
+    encoder = open_encoder(hub(kind), 'cpu')
+    assert encoder.max_tokens == longest and encoder.width == WIDTH and encoder.num_layers == 3
+    n = min(longest, 40)
+    x = torch.randint(3, len(WORDS), (2, n), generator=generator())
+    states, summary = encoder(x, layer=-2)
+    plain, after = transformers.AutoModel.from_pretrained(f'hub/{kind}').eval(), torch.full((2, 1), 2)
+    # RoBERTa: position 0 is the row behind that of padding_idx = 1
+    places = dict(position_ids=torch.arange(2, n + 3)[None]) if kind in ('roberta', 'mpnet') else {}
+    with torch.no_grad():
+        h = getattr(plain, 'encoder' if kind in ('t5', 'bart') else 'forward')(
+            input_ids=torch.cat((x, after), dim=1), output_hidden_states=True, **places).hidden_states[-2]
+    torch.testing.assert_close(states, h[:, :-1])
+    torch.testing.assert_close(summary, h[:, -1])
+    # what the checkpoint lacks and we do not need (a pooler, a decoder) is not a part of its identity
+    assert fingerprint(encoder.model) == fingerprint(open_encoder(f'hub/{kind}', 'cpu').model)
+
+
+def test_what_is_no_encoder_of_text_is_one_line():
+    import transformers
+    transformers.ViTModel(transformers.ViTConfig(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=4,
+        patch_size=2)).save_pretrained('hub/vit')
+    tokenizer('hub/vit', WORDS, '$A [SEP]')
+    with open(f'{hub("bert")}/config.json', 'r+') as f:  # one layer more than there are weights
+        text = f.read().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+        f.seek(0)
+        f.write(text)
+    for name, words in (('hub/vit', 'does not give one state per token'),
+                        ('hub/bert', 'lacks weights .*layer.3')):
+        with pytest.raises(UserError, match=words) as e:
+            open_encoder(name, 'cpu')
+        assert '\n' not in str(e.value)
+    prepare(folder := hub('qwen3'))
+    tokenizer(folder, [*WORDS, 'more'], '$A [SEP]')
+    prepare(folder)
+    with pytest.raises(UserError, match=f'for {len(WORDS)} tokens, and the data has {len(WORDS) + 1}'):
+        check_tokenizer(open_encoder(folder, 'cpu'), Tokens('toy', 'train', L))
+
+
+def test_a_teacher_reads_from_left_to_right():
+    """Not one that looks ahead or lacks its head: its Gen PPL would be that of a guess."""
+    import transformers
+    prepare()
+    ours = load_tokenizer(Tokens('toy', 'train', L).tokenizer)
+    for kind, words in (('bert', 'lacks weights that the teacher needs'), ('bart', 'lacks weights'),
+                        ('roberta', 'no causal language model'), ('t5', 'cannot load the teacher')):
+        with pytest.raises(UserError, match=words) as e:
+            hub_teacher(hub(kind), ours, 'cpu')
+        assert '\n' not in str(e.value)
+    config = transformers.RobertaConfig(vocab_size=len(WORDS), is_decoder=True, **SMALL)
+    transformers.RobertaForCausalLM(config).save_pretrained('hub/roberta')
+    teacher = hub_teacher('hub/roberta', ours, 'cpu')
+    assert teacher.window == 18 and teacher.gen_ppl(some(6).repeat(1, 9))[0] > 1
 
 
 def test_our_states_are_those_of_a_second_forward_pass():
@@ -347,7 +420,7 @@ def test_save_and_resume_give_the_same_losses(method):
     go('b', *args, '--max_iters=2')
     assert go('b', *args, '--max_iters=6') == whole_run
     for changed in ('--num_latents=2', '--encoder=out/another'):
-        ours('out/another')
+        ours('out/another', num_layers=2)
         with pytest.raises(UserError, match=f'not .*{changed[2:]}'):
             go('b', *[a for a in args if 'stored' not in a], changed, '--max_iters=7')
 
@@ -370,6 +443,51 @@ def test_an_encoder_is_known_by_its_weights(stored):
         go('out/a', *args, '--max_iters=2')
     with pytest.raises(UserError, match='has other weights than the encoder'):
         evaluate(evaluation)
+
+
+def test_a_run_finds_encoder_and_tokenizer_on_another_machine():
+    """The tokenizer is in the run, the encoder beside it or where a key says; another one is refused."""
+    prepare(name := hub('bert'))
+    args = [*DI, '--max_iters=1']
+    go('out/a', f'--encoder={name}', *args)
+    os.mkdir('there')
+    shutil.move('out', 'there/out')
+    shutil.move('hub', 'there/hub')
+    method, config = open_run('there/out/a', 'cpu')
+    assert method.encoder_name == 'there/hub/bert'
+    assert open_tokenizer(config).decode([*range(8, 12)]) == ' '.join(WORDS[8:12])
+    evaluation = ['--out_dir=there/out/a', '--batch_size=4', '--val_seqs=4', '--device=cpu']
+    evaluate(evaluation)
+    shutil.move('there/hub', 'moved')
+    with pytest.raises(UserError, match='if hub/bert lies elsewhere now: --encoder=FOLDER'):
+        evaluate(evaluation)
+    evaluate([*evaluation, '--encoder=moved/bert'])
+    go('there/out/a', '--encoder=moved/bert', *args[:-1], '--max_iters=2')
+    with pytest.raises(UserError, match='no effect'):
+        evaluate([*evaluation, '--metrics=entropy', '--encoder=moved/bert'])
+    with open(f'{hub("bert")}/model.safetensors', 'r+b') as f:  # the last byte is one of a weight
+        f.seek(-2, 2)
+        f.write(b'\1')
+    with pytest.raises(UserError, match='has other weights'):
+        evaluate([*evaluation, '--encoder=hub/bert'])
+    with pytest.raises(UserError, match='encoder_weights='):
+        go('there/out/a', '--encoder=hub/bert', *args[:-1], '--max_iters=3')
+
+
+def test_a_tokenizer_in_a_folder_is_stored_whole():
+    tokenizer('a', WORDS, '$A [SEP]')
+    shutil.copytree('a', 'elsewhere/b')
+    tokens = named_tokenizer('a')
+    assert tokens.spec == named_tokenizer('elsewhere/b').spec  # wherever it lies
+    spec, ids = json.loads(json.dumps(tokens.spec)), tokens.encode('to be [SEP] or')
+    shutil.rmtree('a')
+    stored = load_tokenizer(spec, len(WORDS))
+    assert stored.encode('to be [SEP] or') == ids and stored.decode(ids) == tokens.decode(ids)
+    assert (stored.eos_id, stored.bos_id) == (tokens.eos_id, tokens.bos_id) == (2, 2) and stored.spec == spec
+    with pytest.raises(UserError, match='no such folder here'):  # as runs of the first edition name it
+        load_tokenizer({'kind': 'huggingface', 'name': os.path.abspath('a')})
+    with pytest.raises(UserError, match='the stored one is damaged'):
+        load_tokenizer({**spec, 'json': '{'})
 
 
 def test_both_strategies_from_one_checkpoint_without_the_encoder():
