@@ -56,7 +56,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib import plot
@@ -66,14 +65,25 @@ from lib.device import device_name, pick_device
 from lib.files import append, json_line, whole
 from lib.noise import Noise
 from lib.teacher import Teacher, hub_teacher, translation
-from methods import attach_encoder, open_run
-from sample import Machine, Shared, generate, open_model, open_tokenizer, read_arguments, sampling_options
+from methods import open_run
+from sample import (
+    LATENTS,
+    Machine,
+    Shared,
+    attach,
+    generate,
+    latents_of_texts,
+    open_model,
+    open_texts,
+    open_tokenizer,
+    read_arguments,
+    sampling_options,
+)
 from sawtooth import swd
-from train import open_data
 
 TEXT_METRICS = {'val_ppl', 'reconstruction', 'smoothness'}
 SAMPLE_METRICS = {'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput'}
-COLUMNS = ('data', 'strategy', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction',
+COLUMNS = ('data', 'strategy', 'latent', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction',
            'smoothness', 'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'mauve', 'swd',
            'samples_per_s', 'gflops')  # of the printed table
 
@@ -96,6 +106,7 @@ class Config(Shared):
 class Sweep(plot.FrontierConfig, Machine):
     steps: str = '1,2,4,8,16,32,64'
     strategies: str = 'joint,seq'  # of these, those that a method has
+    latent: str = 'generated'      # generated, none, data: of these, those that a strategy has
     latent_steps: str = '8'        # each number makes a curve
     num_samples: int = key(64, at_least=1)
     teacher: str = 'gpt2-large'
@@ -103,47 +114,13 @@ class Sweep(plot.FrontierConfig, Machine):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# texts: rows(row numbers (b,)) -> ids (b, L), and n, how many there are
-
-def open_texts(name, config, tok, device):
-    """-> rows, n of a text file, or of a prepared set's validation texts; '': those of the training data."""
-    name, L = name or config['dataset'], config['block_size']
-    if os.path.isfile(name):
-        x = read_texts(name, tok, L).to(device)
-        return x.__getitem__, len(x)
-    data = open_data(name, 'val', L)
-    if (data.tokenizer, data.wrap) != (tok.spec, tok.wrap):
-        raise UserError(f'{name} was not prepared as the training data of this model was; prepare it with '
-                        f'--tokenizer=DATA, the folder of the training data, and --wrap={tok.wrap}, or give '
-                        'a text file')
-    if name == config['dataset'] and data.tokenizer and config.get('data_sha256', data.sha256) != data.sha256:
-        raise UserError(f'{name} was prepared again after this model was trained, which may have seen its '
-                        'validation texts; prepare it as it was, or name other texts with --data')
-    return lambda idx: data.rows(idx)[0].to(device), 20480 if name == 'sawtooth' else len(data)
-
-
-def read_texts(path, tok, L):
-    """A UTF-8 text file as ids (n, L)."""
-    try:
-        with open(path, encoding='utf-8', newline='') as f:
-            ids = torch.tensor(tok.encode(f.read()))
-    except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8 ({e.reason})') from e
-    body = L - 2 * tok.wrap
-    if len(ids) < body:
-        raise UserError(f'{path} has {len(ids):,} tokens, and one text of this model is {body:,}')
-    x = ids[:len(ids) // body * body].view(-1, body)
-    if tok.wrap:
-        x = F.pad(x, (1, 1))
-        x[:, 0], x[:, -1] = tok.bos_id, tok.eos_id
-    return x
-
+# texts
 
 @torch.no_grad()
 def likelihood(method, rows, n, batch_size, seed=0, draws=1, strategy='joint'):
     """Nats per token of the first n texts -> val_nll, the mean, val_nll_se, its standard error, and val_ppl.
 
-    A method with two channels has token_nll, ... and latent_nll, ...; val_nll, ... if their sum is a bound.
+    A method with two channels has token_nll, ... and latent_nll, ..., too.
     """
     nats = {}
     for draw in range(draws):
@@ -154,8 +131,7 @@ def likelihood(method, rows, n, batch_size, seed=0, draws=1, strategy='joint'):
             for name, part in parts.items():
                 of_texts = nats.setdefault(name, torch.zeros(n, dtype=torch.float64))
                 of_texts[idx] += part.double().cpu() / (draws * x.shape[1])
-    if method.likelihood == 'bound':
-        nats.setdefault('val', sum(nats.values()))
+    nats.setdefault('val', sum(nats.values()))
     result = {}
     for name, v in nats.items():
         nll = v.mean().item()
@@ -185,8 +161,7 @@ def text_results(c, o):
     if 'val_ppl' in o.metrics:
         strategy = c.strategy or next(iter(o.method.strategies))
         values = likelihood(o.method, o.rows, o.n, c.batch_size, c.seed, c.nll_draws, strategy)
-        if 'val_ppl' in values:
-            values['val_ppl_is'] = {'exact': 'exact', 'bound': 'an upper bound'}[o.method.likelihood]
+        values['val_ppl_is'] = {'exact': 'exact', 'bound': 'an upper bound'}[o.method.likelihood]
         if 'token_ppl' in values:
             values |= {'token_ppl_is': 'the token channel, given the latent of the text itself: no bound',
                        'strategy': strategy}
@@ -257,8 +232,9 @@ def steps_by_calls(method, steps, options):
 def sample_results(c, o):
     """A result for each choice of options and --steps. Samples are drawn once for all metrics."""
     def draw(n, steps, options):
+        z_0 = o.z_0[:n] if options.get('latent') == 'data' else None
         try:
-            return generate(o.method, n, steps, c.batch_size, c.seed, **options)
+            return generate(o.method, n, steps, c.batch_size, c.seed, z_0=z_0, **options)
         except ValueError as e:  # of a method that does not take so many steps, say
             raise UserError(e) from e
 
@@ -318,22 +294,6 @@ def check_metrics(metrics, method, tok):
             raise UserError('mauve needs `pip install mauve-text`') from e
 
 
-def attach(method, config, tok, device, place):
-    """Hands a method the frozen encoder that it reads texts with. UserError unless it is that of training.
-
-    place: where it lies, if not where the run says
-    """
-    hint = '' if place else f' (if {method.encoder_name} lies elsewhere now: --encoder=FOLDER)'
-    method.encoder_name = place or method.encoder_name
-    try:
-        weights = attach_encoder(method, SimpleNamespace(**{**config, 'tokenizer': tok.spec}), device)
-    except UserError as e:
-        raise UserError(f'{e}{hint}') from e
-    if config.get('encoder_weights') not in (None, weights):
-        raise UserError(f'{method.encoder_name} has other weights than the encoder that this model was '
-                        'trained with; put those back, or train it anew')
-
-
 def choices(c, method):
     """Every option of method.sample, for each of --latent_steps."""
     return [sampling_options(SimpleNamespace(**{**vars(c), 'latent_steps': n}), method)
@@ -352,17 +312,20 @@ def prepare(argv):
         raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
     if o.metrics & {'val_ppl', *SAMPLE_METRICS}:  # the others do without a sampler, which may be untrained
         o.choices = choices(c, o.method)
-    if o.metrics & {*TEXT_METRICS, 'mauve'}:
+    controlled = o.metrics & SAMPLE_METRICS and any(options.get('latent') == 'data' for options in o.choices)
+    if o.metrics & {*TEXT_METRICS, 'mauve'} or controlled:
         o.rows, n = open_texts(c.data, o.config, o.tok, o.device)
         o.n = min(n, c.val_seqs or n)
         if 'smoothness' in o.metrics and o.n < 2:
             raise UserError('smoothness wants two texts at least, and there is one')
-    if o.metrics & TEXT_METRICS and o.method.encoder_name:
+    if o.method.encoder_name and (o.metrics & TEXT_METRICS or controlled):
         attach(o.method, o.config, o.tok, o.device, c.encoder)
     elif c.encoder:
         raise UserError('--encoder has no effect: these metrics of this run need no frozen encoder')
     if o.metrics & {'gen_ppl', 'smoothness'}:
         o.teacher = open_teacher(c.teacher, o.tok, o.device)
+    if controlled:
+        o.z_0 = latents_of_texts(o.method, o.rows, o.n, c.num_samples, c.batch_size)
     return c, o
 
 
@@ -403,23 +366,32 @@ def evaluate(argv):
 PASSED_ON = 'num_samples', 'teacher', 'seed', 'batch_size', 'device', 'dtype', 'compile'
 
 
+def offers(method, c):
+    """(strategy, latent) for those of c.strategies and c.latent that a method has."""
+    for strategy in [s for s in method.strategies if s in c.strategies.split(',')]:
+        rule = method.strategies[strategy].get('latent')
+        for latent in rule.metadata['choices'] if rule else ['generated']:
+            if latent in c.latent.split(','):
+                yield strategy, latent
+
+
 def planned(folder, method, config, c, device):
     """For each curve of a run: (arguments without --steps, settings of its results, {calls: steps}).
 
     UserError if the run has none of the strategies.
     """
     found = []
-    for strategy in [s for s in method.strategies if s in c.strategies.split(',')]:
-        takes_latent_steps = 'latent_steps' in method.strategies[strategy]
+    for strategy, latent in offers(method, c):
+        takes_latent_steps = 'latent_steps' in method.strategies[strategy] and latent == 'generated'
         for n in numbers('latent_steps', c.latent_steps) if takes_latent_steps else ['']:
             argv = [f'--out_dir={folder}', '--metrics=gen_ppl,diversity', f'--strategy={strategy}',
-                    *[f'--latent_steps={n}'] * takes_latent_steps,
+                    f'--latent={latent}', *[f'--latent_steps={n}'] * takes_latent_steps,
                     *(f'--{k}={getattr(c, k)}' for k in PASSED_ON)]
             options, = choices(read_arguments(Config, argv), method)
             settings = {**provenance(c, method, config, device), 'num_samples': c.num_samples, **options}
             found.append((argv, settings, steps_by_calls(method, numbers('steps', c.steps), options)))
     if not found:
-        raise UserError(f'{folder} has none of the strategies {c.strategies}; '
+        raise UserError(f'{folder} has none of the strategies {c.strategies} with latent={c.latent}; '
                         f'it has: {", ".join(method.strategies)}')
     return found
 
@@ -430,6 +402,8 @@ def sweep(argv):
     for k in read_flags(flags).keys() & defaults_of(Config).keys() - defaults_of(Sweep).keys():
         raise UserError(f'--{k} is for one run: --out_dir={names[0]}')
     c = SimpleNamespace(**configure(Sweep, flags))
+    if not set(c.latent.split(',')) <= set(LATENTS):
+        raise UserError(f'--latent={c.latent}: of {", ".join(LATENTS)} one or several, with commas')
     drawing, device = plot.frontier_options(c), pick_device(c.device)
     if c.results and not c.results.endswith('.jsonl'):
         raise UserError(f'--results={c.results}: the name ends with .jsonl')

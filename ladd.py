@@ -27,6 +27,7 @@ import mdlm
 from lib.configurator import Not, key
 from lib.distributed import gathered
 from lib.encoders import pool
+from lib.method import with_latent
 from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, reveal_tokens, time_grid, times_from
 from model import DiT
 
@@ -42,6 +43,21 @@ def abar(t, schedule='vp_sqrt'):
     else:  # vp_sqrt
         square = (1 - t).sqrt()
     return ((1 - 2e-4) * square + 1e-4).sqrt()
+
+
+def log_snr(t, schedule='vp_sqrt'):
+    """log of signal over noise, abar^2 / (1 - abar^2), which falls with t."""
+    return torch.logit(abar(t, schedule) ** 2)
+
+
+def time_at(snr, schedule='vp_sqrt'):
+    """The inverse of log_snr."""
+    square = ((torch.sigmoid(snr) - 1e-4) / (1 - 2e-4)).clamp(0, 1)
+    if schedule == 'vp_linear':
+        return 1 - square
+    if schedule == 'vp_cosine':
+        return 1.008 * torch.acos(square.sqrt()) * 2 / torch.pi - 0.008
+    return 1 - square**2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,8 +172,11 @@ class Noised(NamedTuple):
 
 class Vectors:
     """Co-LADD: Gaussian diffusion of z (b, M, D)."""
-    name, likelihood, schedules = 'Co-LADD', 'token channel', ('vp_linear', 'vp_cosine', 'vp_sqrt')
+    name, schedules = 'Co-LADD', ('vp_linear', 'vp_cosine', 'vp_sqrt')
     has_codebook = False  # which stage 1 trains, also where the encoder is frozen
+    # in the bound, the latent keeps the noise of this time. Any gives a bound: a cleaner latent tells the
+    # tokens hardly more, but at an SNR of thousands every small error of z0_hat costs nats (our choice)
+    t_end = 0.1
 
     def __init__(self, config):
         self.config, self.outputs = config, config.latent_dim
@@ -198,6 +217,30 @@ class Vectors:
         """Squared error of z0_hat, LADD eq. (13)."""
         return ((prediction - noised.target).square().mean(dim=(1, 2)) * noised.scored).mean()
 
+    def bound_times(self, u):
+        """Uniform u (b,) -> times t_end to 1 of `bound`, uniform in log SNR."""
+        first, last = self.log_snrs(u)
+        return time_at(last + (first - last) * u, self.config.latent_schedule)
+
+    def log_snrs(self, like):
+        """At t_end and at 1."""
+        return log_snr(like.new_tensor([self.t_end, 1.0]), self.config.latent_schedule)
+
+    def bound(self, prediction, z_0, z_t, t):
+        """The latent's part of the negative ELBO at one of the bound_times, nats (b,): the integral of
+        1/2 |dSNR/dt| |z_0 - z0_hat|^2 dt = 1/2 SNR |z_0 - z0_hat|^2 d log SNR, and the KL of z_1 to N(0, 1).
+        """
+        first, last = self.log_snrs(t)
+        snr = log_snr(t, self.config.latent_schedule).exp()
+        error = (prediction.float() - z_0).square().sum(dim=(1, 2))
+        a2 = torch.sigmoid(last)  # abar^2 at t = 1
+        prior = (a2 * (z_0.square() - 1) - torch.log1p(-a2)).sum(dim=(1, 2)) / 2
+        return (first - last) * snr * error / 2 + prior
+
+    def nothing(self, n, device):
+        """A latent that was dropped."""
+        return torch.zeros(n, self.config.num_latents, self.config.latent_dim, device=device)
+
     def prior(self, n, device, generator=None):
         c = self.config
         return torch.randn(n, c.num_latents, c.latent_dim, device=device, generator=generator)
@@ -214,8 +257,8 @@ class Vectors:
 class Codes:
     """Di-LADD: masked diffusion of codes z (b, M), where K = codebook_size stands for [mask]."""
     # not geometric: with alpha_0 < 1 the bound of the codes would need a reconstruction term, too
-    name, likelihood, schedules = 'Di-LADD', 'bound', ('linear', 'polynomial')
-    has_codebook = True
+    name, schedules = 'Di-LADD', ('linear', 'polynomial')
+    has_codebook, t_end = True, 0.0
 
     def __init__(self, config):
         self.config, self.outputs = config, config.codebook_size
@@ -267,13 +310,19 @@ class Codes:
         nats = F.cross_entropy(prediction.flatten(0, 1).float(), codes.flatten(), reduction='none')
         return nats.view(codes.shape)
 
+    def bound_times(self, u):
+        return u
+
     def bound(self, prediction, z_0, z_t, t):
         """The codes' part of the negative ELBO at one time, nats (b,)."""
         nats = self.nats(prediction, z_0) * (z_t == self.config.codebook_size)
         return elbo_weight(t, self.config.latent_schedule) * nats.sum(dim=1)
 
-    def prior(self, n, device, generator=None):
+    def nothing(self, n, device):
         return torch.full((n, self.config.num_latents), self.config.codebook_size, device=device)
+
+    def prior(self, n, device, generator=None):
+        return self.nothing(n, device)
 
     def step(self, z_t, prediction, t, s, generator=None):
         return code_step(z_t, prediction, t, s, self.config.latent_schedule, generator)
@@ -296,8 +345,12 @@ class Codes:
 
 class LADD(mdlm.MDLM):
     Config = Config
-    strategies = {'joint': {}, 'seq': {'latent_steps': key(8, at_least=1)}}
-    wants_summary = True
+    likelihood, wants_summary = 'bound', True
+    strategies = {'joint': {}, 'seq': {
+        'latent_steps': key(8, at_least=1),
+        # what the tokens are given: a latent of ours | no latent: codes masked, vectors 0 as by p_drop (a
+        # network without p_drop has never met that) | z_0, the latents of texts
+        'latent': key('generated', choices=('generated', 'none', 'data'))}}
 
     def __init__(self, config):
         c = config
@@ -317,7 +370,7 @@ class LADD(mdlm.MDLM):
                                   dropout=c.dropout)
             self.latent_head = nn.Linear(c.hidden, self.channel.outputs)
         # what the scripts ask
-        self.name, self.likelihood, self.encoder_name = self.channel.name, self.channel.likelihood, c.encoder
+        self.name, self.encoder_name = self.channel.name, c.encoder
         self.lr_restarts = (c.stage3_start,) if c.stage3_start and c.latent_layers else ()
         if c.stored_latents:
             self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
@@ -333,6 +386,10 @@ class LADD(mdlm.MDLM):
     def encode(self, x, blank=None, stored=None):
         """x (b, L) -> latents before any quantizer, (b, M, D) fp32. stored: the encoder's output, if kept."""
         return self.channel.normalised(self.encoder(x, blank).float() if stored is None else stored)
+
+    def latents_of(self, x, stored=None):
+        """x (b, L) -> clean latents, vectors (b, M, D) or codes (b, M). stored: see encode."""
+        return self.channel.state(self.encode(x, stored=stored))
 
     def hidden_states(self, x_t, z_t, t_z):
         """Tokens (b, L), vectors z_t (b, M, D), t_z (b,) -> (b, L, d), (b, M, d).
@@ -433,23 +490,35 @@ class LADD(mdlm.MDLM):
 
     @torch.no_grad()
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
-        """Tokens and codes of the negative ELBO of a strategy, one time each, nats per sequence (b,).
+        """Tokens and latent of the negative ELBO of a strategy, one time each, nats per sequence (b,).
 
         joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
-        The token part alone is the papers' "data" likelihood, and all that Co-LADD has. It is no bound on
-        -log p(x): the latent that the tokens are given was read off x.
+        The token part alone is the papers' "data" likelihood, the *token channel*. It is no bound on
+        -log p(x): the latent that the tokens are given was read off x. ValueError for an unknown strategy.
         """
-        z_0 = self.channel.state(self.encode(x, stored=z_0))
-        t = noise.times('t_x')
+        joint = self.sampling_options(strategy)['strategy'] == 'joint'
+        z_0, t = self.latents_of(x, z_0), noise.times('t_x')
         x_t, mask = self.corrupt(x, t, noise)
-        z_t = self.channel.corrupt(z_0, t, noise)
-        z, t_z = (z_t, t) if strategy == 'joint' else (z_0, torch.zeros_like(t))
-        h_x, h_z = self.hidden_states(x_t, self.channel.seen(z), t_z)
-        parts = {'token': elbo_weight(t, self.config.schedule) * self.masked_nll(h_x, x, mask)}
-        if self.likelihood == 'bound':
-            prediction = self.z_head(h_z) if strategy == 'joint' else \
-                self.predict_latent(self.channel.seen(z_t), t, torch.full_like(x, self.mask_id))
-            parts['latent'] = self.channel.bound(prediction, z_0, z_t, t)
+
+        def noised(t):
+            return self.channel.seen(self.channel.corrupt(z_0, t, noise))
+
+        def token_nats(z, t_z):
+            h_x, _ = self.hidden_states(x_t, z, t_z)
+            return elbo_weight(t, self.config.schedule) * self.masked_nll(h_x, x, mask)
+        t_z = t if joint else torch.zeros_like(t)
+        parts = {'token': token_nats(noised(t) if joint else self.channel.seen(z_0), t_z)}
+
+        s = self.channel.bound_times(t)
+        if joint:
+            x_s, _ = self.corrupt(x, s, noise)
+            prediction = self.z_head(self.hidden_states(x_s, noised(s), s)[1])
+        else:
+            prediction = self.predict_latent(noised(s), s, torch.full_like(x, self.mask_id))
+        parts['latent'] = self.channel.bound(prediction, z_0, self.channel.corrupt(z_0, s, noise), s)
+        if self.channel.t_end:  # what the tokens lose by the noise that the latent keeps
+            t_z = t_z.clamp(min=self.channel.t_end)
+            parts['latent'] += token_nats(noised(t_z), t_z) - parts['token']
         return parts
 
     # --- sampling ---
@@ -459,6 +528,10 @@ class LADD(mdlm.MDLM):
         if options['strategy'] == 'joint' and options['sampler'] == 'first_hitting':
             raise ValueError('first_hitting reveals one token per call, which gives a joint latent no steps: '
                              'use it with strategy=seq')
+        if options.get('latent', 'generated') != 'generated':
+            if 'latent_steps' in given:
+                raise ValueError(f'latent={options["latent"]} takes no latent_steps: leave them out')
+            del options['latent_steps']
         return options
 
     @torch.no_grad()
@@ -466,15 +539,13 @@ class LADD(mdlm.MDLM):
                **options):
         """-> ids (n, L). joint: `steps` calls. seq: `latent_steps` for the latent, `steps` for the tokens.
 
-        x: as MDLM's. z_0: a clean latent to write from, vectors (n, M, D) or codes (n, M), instead of the
-        first half of seq. options: temperature, top_p, eta of remdm, latent_steps of seq.
+        x: as MDLM's. z_0: clean latents to write from, as from latents_of, instead of the first half of seq.
+        options: temperature, top_p, eta of remdm, latent_steps and latent of seq.
         """
-        options = self.sampling_options(strategy, sampler, **options)
+        options = self.sampling_options(strategy, sampler, **with_latent(z_0, options))
         x = self.all_masked(n) if x is None else x
         if options.pop('strategy') == 'seq':
             return self.sample_sequentially(x, z_0, steps, **options, generator=generator, callback=callback)
-        if z_0 is not None:
-            raise ValueError('a clean latent is for strategy=seq: joint makes its own on the way')
         return self.sample_jointly(x, steps, **options, generator=generator, callback=callback)
 
     def sample_jointly(self, x, steps, sampler, temperature, top_p, eta=0.0, generator=None, callback=None):
@@ -489,7 +560,7 @@ class LADD(mdlm.MDLM):
         alphas = alpha(time_grid(steps, x.device), self.config.schedule)
         return joint(denoise, x, z_1, steps, alphas, step, self.mask_id, draw, eta, generator, callback)
 
-    def sample_sequentially(self, x, z_0, steps, latent_steps, generator=None, **options):
+    def sample_sequentially(self, x, z_0, steps, latent, latent_steps=0, generator=None, **options):
         """LADD eq. (Seq.)."""
         def predict(z_t, t):
             nothing = torch.full_like(x, self.mask_id)
@@ -497,11 +568,16 @@ class LADD(mdlm.MDLM):
 
         def denoise(x_t, where):
             active = where.any(dim=1)
-            z, t_z = self.channel.seen(z_0[active]), torch.zeros(int(active.sum()), device=x.device)
-            h_x, _ = self.hidden_states(x_t[active], z, t_z)
+            t_z = torch.zeros(int(active.sum()), device=x.device)
+            if latent == 'none':  # in training, a text that loses its latent still has a time, that of x_t
+                masked = (x_t[active] == self.mask_id).float().mean(dim=1)
+                t_z = masked if self.config.schedule == 'linear' else masked.sqrt()
+            h_x, _ = self.hidden_states(x_t[active], self.channel.seen(z_0[active]), t_z)
             return self.head(h_x[where[active]])
 
-        if z_0 is None:
+        if latent == 'none':
+            z_0 = self.channel.nothing(len(x), x.device)
+        elif latent == 'generated':
             z_1 = self.channel.prior(len(x), x.device, generator)
             step = functools.partial(self.channel.step, generator=generator)
             z_0 = latent_chain(predict, z_1, latent_steps, step)
@@ -520,7 +596,7 @@ class LADD(mdlm.MDLM):
 
     def sampling_flops(self, L, steps, **options):
         c, options = self.config, self.sampling_options(**options)
-        latent_steps = options.get('latent_steps', 0)  # of seq
+        latent_steps = options.get('latent_steps', 0)  # of seq with latents of ours
         once = self.latent_dit.flops(c.num_latents) if c.latent_layers else self.flops(L)
         return super().sampling_flops(L, steps, **options) + latent_steps * once
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from lib.configurator import Keys, Not, key
 from lib.distributed import summed
-from lib.method import Method
+from lib.method import Method, with_latent
 from mdlm import time_grid, wide
 from model import DiT, attend, head_cross_entropy, rope_table, rotate, rows_at_once
 
@@ -283,6 +283,8 @@ class Config(Keys):
 
 class LDLM(Method):
     name, Config = 'LDLM', Config
+    # what is decoded: a latent of ours | z_0, the latents of texts, which gives their reconstruction
+    strategies = {'joint': {'latent': key('generated', choices=('generated', 'data'))}}
     samplers = {'euler_maruyama': {}, 'euler_maruyama_mean': {}, 'ddim': {}}
     has_latent_space = True
 
@@ -370,10 +372,14 @@ class LDLM(Method):
         chunks = h.flatten(0, 1).split(rows_at_once(self.config.vocab_size, z.device))
         return torch.cat([self.head(chunk).argmax(dim=-1) for chunk in chunks]).view(z.shape[:2])
 
+    def latents_of(self, x):
+        """x (b, L) -> clean latents (b, L, D)."""
+        return self.encode(self.states(x))
+
     @torch.no_grad()
     def reconstruct(self, x):
         """Text -> latents -> text without noise: (b, L) ids."""
-        return self.tokens(self.encode(self.states(x)))
+        return self.tokens(self.latents_of(x))
 
     @torch.no_grad()
     def interpolate(self, x_a, x_b, weights):
@@ -381,7 +387,7 @@ class LDLM(Method):
 
         LDLM figure 3 (left).
         """
-        z_a, z_b = self.encode(self.states(x_a)), self.encode(self.states(x_b))
+        z_a, z_b = self.latents_of(x_a), self.latents_of(x_b)
         return torch.stack([self.tokens((1 - w) * z_a + w * z_b) for w in weights])
 
     # --- training ---
@@ -488,19 +494,28 @@ class LDLM(Method):
     # --- sampling ---
 
     def sampling_options(self, strategy='', sampler='', **given):
-        if self.config.stage == 'autoencoder':
+        options = super().sampling_options(strategy, sampler, **given)
+        if options['latent'] == 'data':
+            if sampler:
+                raise ValueError('latent=data is decoded as it is, without a sampler: leave sampler out')
+            del options['sampler']
+        elif self.config.stage == 'autoencoder':
             raise ValueError('stage=autoencoder trains no denoiser to sample with; train one: '
                              '--stage=diffusion --init_from=out/THAT')
-        return super().sampling_options(strategy, sampler, **given)
+        return options
 
     @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', generator=None, callback=None, **options):
+    def sample(self, n, steps, strategy='', sampler='', z_0=None, generator=None, callback=None, **options):
         """-> ids (n, L) after `steps` calls of the denoiser; decoder and head run once, at the end.
 
+        z_0: clean latents to decode, as from latents_of, without any call.
         euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family],
         and ddim ends at z_0 hat by itself. callback(step, x) has every estimate decoded.
         """
-        c, sampler = self.config, self.sampling_options(strategy, sampler, **options)['sampler']
+        options = self.sampling_options(strategy, sampler, **with_latent(z_0, options))
+        if z_0 is not None:
+            return self.tokens(z_0)
+        c, sampler = self.config, options['sampler']
         z = torch.randn(n, c.block_size, c.latent_dim, device=self.head.weight.device, generator=generator)
 
         def denoise(z_t, t, z_self):
@@ -523,11 +538,14 @@ class LDLM(Method):
     def backbones(self):
         return [*self.transformers(), self.dit]
 
+    def denoiser_calls(self, steps, latent='generated', **options):
+        return None if latent == 'data' else steps
+
     def sampling_flops(self, L, steps, **options):
-        """The calls, and decoding once."""
+        """The calls, if any, and decoding once."""
         decoders = [self.token_decoder] + [self.decoder] * (self.config.decode_from == 'states')
         decoding = sum(m.flops(L) for half in decoders for m in half.modules() if isinstance(m, Transformer))
-        return super().sampling_flops(L, steps) + decoding
+        return (self.denoiser_calls(steps, **options) or 0) * self.flops(L) + decoding
 
     def training_flops(self, L):
         """Denoiser, autoencoder and head, and the forward pass of self-conditioning."""

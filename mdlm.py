@@ -213,6 +213,7 @@ class MDLM(Method):
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
         """One unbiased estimate of the negative ELBO at one time, >= -log p(x) on average: nats (b,)."""
+        self.sampling_options(strategy)  # ValueError for an unknown one
         t = noise.times('t_x')
         x_t, mask = self.corrupt(x, t, noise)
         nats = elbo_weight(t, self.config.schedule) * self.masked_nll(self.dit(self.embed(x_t)), x, mask)

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lib.checkpoint import is_run
 from lib.configurator import Keys, UserError, configure, defaults_of, key, run
@@ -32,7 +33,10 @@ from lib.device import compile_in_place, pick_device
 from lib.files import whole
 from lib.hub import save_run
 from lib.tokens import DATA, Char, load_tokenizer, read_meta
-from methods import open_published, open_run
+from methods import attach_encoder, open_published, open_run
+from train import open_data
+
+LATENTS = ('generated', 'none', 'data')
 
 
 @dataclass
@@ -52,13 +56,17 @@ class Shared(Machine):
     init_from: str = ''            # ... or a hub id or folder of published weights
     strategy: str = ''             # joint | seq; empty: the method's first
     latent_steps: int = 8          # of --strategy=seq: denoiser calls for the latent
+    # controls: none, the same network without its latent (--strategy=seq) | data, the latents of validation
+    # texts (--strategy=seq; of LDLM it is their reconstruction)
+    latent: str = key('generated', choices=LATENTS)
     sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | remdm
     eta: float = 1.0               # of --sampler=remdm: how much is masked again
     temperature: float = 1.0
     top_p: float = 1.0
 
 
-OPTIONS = ('latent_steps', 'eta', 'temperature', 'top_p')  # those of Shared that method.sample may take
+# those of Shared that method.sample may take
+OPTIONS = ('latent_steps', 'latent', 'eta', 'temperature', 'top_p')
 
 
 @dataclass
@@ -118,7 +126,8 @@ def open_tokenizer(config):
 def sampling_options(c, method):
     """Flags -> every option of method.sample, so that a record of them repeats the samples.
 
-    A strategy or sampler is left out where the method has only one. UserError for what it does not have.
+    A strategy or sampler is left out where the method has only one, and so is latent=generated, which older
+    results do not mention. UserError for what it does not have.
     """
     defaults = defaults_of(Shared)
     given = {k: getattr(c, k) for k in OPTIONS if getattr(c, k) != defaults[k]}
@@ -129,7 +138,9 @@ def sampling_options(c, method):
     if len(method.strategies) == 1:
         del options['strategy']
     if len(method.samplers) == 1:
-        del options['sampler']
+        options.pop('sampler', None)
+    if options.get('latent') == 'generated':
+        del options['latent']
     return options
 
 
@@ -149,10 +160,10 @@ def read_prompt(start, tok, L, method):
     return torch.tensor(ids + [method.mask_id] * (L - len(ids)))
 
 
-def generate(method, n, steps, batch_size, seed, prompt=None, **options):
+def generate(method, n, steps, batch_size, seed, prompt=None, z_0=None, **options):
     """-> (n, L) ids on the CPU, a function of the seed and of how n falls into batches.
 
-    options: see method.sample; prompt: (L,) ids.
+    options: see method.sample; prompt: (L,) ids; z_0: n clean latents, of latent=data.
     """
     device = next(method.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -161,8 +172,74 @@ def generate(method, n, steps, batch_size, seed, prompt=None, **options):
         b = min(batch_size, n - first)
         if prompt is not None:
             options['x'] = prompt.to(device).repeat(b, 1)
+        if z_0 is not None:
+            options['z_0'] = z_0[first:first + b]
         batches.append(method.sample(b, steps, generator=generator, **options).cpu())
     return torch.cat(batches)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# texts: rows(row numbers (b,)) -> ids (b, L), and n, how many there are
+
+def open_texts(name, config, tok, device):
+    """-> rows, n of a text file, or of a prepared set's validation texts; '': those of the training data."""
+    name, L = name or config['dataset'], config['block_size']
+    if os.path.isfile(name):
+        x = read_texts(name, tok, L).to(device)
+        return x.__getitem__, len(x)
+    data = open_data(name, 'val', L)
+    if (data.tokenizer, data.wrap) != (tok.spec, tok.wrap):
+        raise UserError(f'{name} was not prepared as the training data of this model was; prepare it with '
+                        f'--tokenizer=DATA, the folder of the training data, and --wrap={tok.wrap}, or give '
+                        'a text file')
+    if name == config['dataset'] and data.tokenizer and config.get('data_sha256', data.sha256) != data.sha256:
+        raise UserError(f'{name} was prepared again after this model was trained, which may have seen its '
+                        'validation texts; prepare it as it was, or name other texts with --data')
+    return lambda idx: data.rows(idx)[0].to(device), 20480 if name == 'sawtooth' else len(data)
+
+
+def read_texts(path, tok, L):
+    """A UTF-8 text file as ids (n, L)."""
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            ids = torch.tensor(tok.encode(f.read()))
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} is not UTF-8 ({e.reason})') from e
+    body = L - 2 * tok.wrap
+    if len(ids) < body:
+        raise UserError(f'{path} has {len(ids):,} tokens, and one text of this model is {body:,}')
+    x = ids[:len(ids) // body * body].view(-1, body)
+    if tok.wrap:
+        x = F.pad(x, (1, 1))
+        x[:, 0], x[:, -1] = tok.bos_id, tok.eos_id
+    return x
+
+
+def attach(method, config, tok, device, place=''):
+    """Hands a method the frozen encoder, if any, that it reads texts with.
+
+    place: where it lies, if not where the run says.  UserError unless it is that of training.
+    """
+    if not method.encoder_name:
+        return
+    hint = '' if place else f' (if {method.encoder_name} lies elsewhere now: --encoder=FOLDER)'
+    method.encoder_name = place or method.encoder_name
+    try:
+        weights = attach_encoder(method, SimpleNamespace(**{**config, 'tokenizer': tok.spec}), device)
+    except UserError as e:
+        raise UserError(f'{e}{hint}') from e
+    if config.get('encoder_weights') not in (None, weights):
+        raise UserError(f'{method.encoder_name} has other weights than the encoder that this model was '
+                        'trained with; put those back, or train it anew')
+
+
+@torch.no_grad()
+def latents_of_texts(method, rows, there_are, n, batch_size):
+    """Of the first n texts, what `generate` takes as z_0. UserError if there are fewer."""
+    if n > there_are:
+        raise UserError(f'latent=data takes a text for each sample, and there are {there_are:,}: '
+                        f'--num_samples={there_are}')
+    return torch.cat([method.latents_of(rows(idx)) for idx in torch.arange(n).split(batch_size)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,10 +312,14 @@ def main(argv):
     prompt = read_prompt(c.start, tok, config['block_size'], method) if c.start else None
     if c.show:
         options['callback'] = show(tok.decode, method.mask_id, sys.stdout)
+    z_0 = None
+    if options.get('latent') == 'data':
+        attach(method, config, tok, device)
+        z_0 = latents_of_texts(method, *open_texts('', config, tok, device), c.num_samples, c.batch_size)
     with whole(c.save) if c.save else nullcontext() as temp:
         with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
             try:
-                x = generate(method, c.num_samples, c.steps, c.batch_size, c.seed, prompt, **options)
+                x = generate(method, c.num_samples, c.steps, c.batch_size, c.seed, prompt, z_0, **options)
             except ValueError as e:  # of a prompt: AR fills no gap in the middle
                 raise UserError(e) from e
         texts = [tok.decode(ids) for ids in x.tolist()]

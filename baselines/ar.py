@@ -64,6 +64,7 @@ class AR(Method):
 
     def nll_parts(self, x, noise=None, strategy='joint', z_0=None):
         """Exactly -log p(x): x (b, L) -> nats (b,)."""
+        self.sampling_options(strategy)  # ValueError for an unknown one
         return {'val': self.token_nll(x).sum(dim=1)}
 
     @torch.no_grad()

@@ -20,8 +20,6 @@ from lib.files import append
 from lib.lock import claim
 from lib.tokens import first_line
 
-CAVEATS = {'token channel': ' (of the tokens given the latent of the text itself, no bound)'}
-
 
 class Log:
     """Rank 0 writes; the other processes only take part in sums.
@@ -124,9 +122,8 @@ class Log:
         perplexity = math.exp(min(nats, 700))
         self.record({'step': done, 'val_loss': nats, 'val_ppl': perplexity})
         if self.first:
-            caveat = CAVEATS.get(self.trainer.method.likelihood, '')
             self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {nats:.4f} nats per token, '
-                           f'perplexity {perplexity:.2f}{caveat}')
+                           f'perplexity {perplexity:.2f}')
 
     def close(self):
         self.closed.set()

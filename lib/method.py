@@ -10,12 +10,15 @@ built from an instance of it, and defines
                                        z_0 (b, M, D): stored latents, if it trains on them
     nll_parts(x, noise=None, strategy='', z_0=None)
                                        one estimate of nll, in parts {name: nats per sequence (b,)}: 'val'
-                                       is the whole; a method with two channels has 'token' and 'latent'
+                                       is the whole; a method with two channels has 'token' and 'latent'.
+                                       ValueError for an unknown strategy
     sample(n, steps, strategy='', sampler='', generator=None, callback=None, **options)
                                        -> ids (n, L) after `steps` denoiser calls for the tokens; '' is the
                                        first strategy or sampler; callback(i, x) after step i = 0, 1, ...;
-                                       also x=..., if it takes a prompt. ValueError for an unknown name,
-                                       option or value: begin with self.sampling_options(...)
+                                       also x=..., if it takes a prompt, and z_0=..., if it has the option
+                                       latent=data. ValueError for an unknown name, option or value: begin
+                                       with self.sampling_options(...)
+    latents_of(x)                      what z_0 is for texts x, if it has that option
     training_flops(L)                  useful FLOPs of a training step per sequence, see bench.py
 
 train.py calls it under bfloat16 autocast: make logits .float() before arithmetic on probabilities. On a GPU
@@ -30,7 +33,7 @@ from lib.noise import Noise
 
 class Method(nn.Module):
     name = ''                     # as people write it; a subclass of another method needs its own
-    likelihood = None             # what nll is: 'exact' | 'bound' | 'token channel' (not a bound) | None
+    likelihood = None             # what nll is: 'exact' | 'bound' | None
     strategies = {'joint': {}}    # name -> the options that it adds to `sample`, {name: key(default, rule)}
     samplers = {'ancestral': {}}  # likewise
     takes_prompt = False          # whether `sample` takes x (n, L), with mask_id where it is to fill in
@@ -88,7 +91,7 @@ class Method(nn.Module):
                 fits = [f'strategy={s}' for s, options in self.strategies.items() if name in options]
                 fits += [f'sampler={s}' for s, options in self.samplers.items() if name in options]
                 hint = f'; it works with {" or ".join(fits)}' if fits else ''
-                raise ValueError(f'{self.name} has no option {name} with {chosen}{hint}')
+                raise ValueError(f'{self.name} has no option {name}' + f' with {chosen}{hint}' * bool(fits))
             if sentence := complaint(name, rules[name].metadata, value):
                 raise ValueError(sentence)
         return choice | {name: rule.default for name, rule in rules.items()} | given
@@ -108,3 +111,12 @@ class Method(nn.Module):
     def sampling_flops(self, L, steps, **options):
         """FLOPs of one sample, without heads, as if every call ran on the whole sequence."""
         return self.denoiser_calls(steps, **options) * self.flops(L)
+
+
+def with_latent(z_0, options):
+    """Options of `sample`, with latent=data where it is given z_0; ValueError for one without the other."""
+    if z_0 is not None:
+        options = {'latent': 'data', **options}
+    if (z_0 is not None) != (options.get('latent') == 'data'):
+        raise ValueError('latent=data and z_0, what latents_of makes of texts, go together')
+    return options

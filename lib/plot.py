@@ -124,8 +124,9 @@ def log(folders, path, out):
 # ------------------------------------------------------------------------------------------------------------
 # the frontier: what was measured
 
-SETTINGS = ('step', 'strategy', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p', 'num_samples',
-            'batch_size', 'dtype', 'compile', 'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos')
+SETTINGS = ('step', 'strategy', 'latent', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p',
+            'num_samples', 'batch_size', 'dtype', 'compile', 'device', 'teacher', 'teacher_weights',
+            'gen_ppl_rule', 'eos')
 FIRST_SAMPLERS = {'ancestral', 'euler_maruyama'}  # a method's default goes without saying
 
 

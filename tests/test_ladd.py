@@ -10,8 +10,20 @@ import torch
 import torch.nn.functional as F
 from helpers import chi_square, close, generator, scrambled, spy, whole
 
-from ladd import LADD, Config, Quantizer, abar, code_step, ddim_step, joint, latent_chain, latents_at
-from mdlm import alpha
+from ladd import (
+    LADD,
+    Config,
+    Quantizer,
+    abar,
+    code_step,
+    ddim_step,
+    joint,
+    latent_chain,
+    latents_at,
+    log_snr,
+    time_at,
+)
+from mdlm import alpha, reveal_tokens
 
 SCHEDULES = 'vp_linear', 'vp_cosine', 'vp_sqrt'
 LATENTS = 'continuous', 'discrete'
@@ -756,8 +768,31 @@ def test_a_clean_latent_takes_the_place_of_the_first_half(latent):
     model.sample(8, 3, 'seq', z_0=z_0, sampler='first_hitting', generator=generator())
     assert latent_calls == [] and len(calls) == L
     assert all(torch.equal(args[1], model.channel.seen(z_0)) for args, _ in calls)
-    with pytest.raises(ValueError, match='strategy=seq'):
-        model.sample(8, 3, 'joint', z_0=z_0)
+    for wrong, match in (dict(strategy='joint', z_0=z_0), 'strategy=seq'), \
+                        (dict(strategy='seq', z_0=z_0, latent='none'), 'go together'), \
+                        (dict(strategy='seq', latent='data'), 'go together'), \
+                        (dict(strategy='seq', latent='none', latent_steps=8), 'takes no latent_steps'):
+        with pytest.raises(ValueError, match=match):
+            model.sample(8, 3, **wrong)
+
+
+@pytest.mark.parametrize('sampler', ['ancestral', 'first_hitting'])
+@pytest.mark.parametrize('schedule', ['linear', 'polynomial'])
+@pytest.mark.parametrize('latent', LATENTS)
+def test_without_its_latent_a_network_samples_as_mdlm(latent, schedule, sampler):
+    """Of the network whose latent is the mask's vectors, or zeros at the time that the masked tokens show."""
+    model = make(latent, schedule=schedule).eval()
+
+    def denoise(x_t, where):
+        n = len(x_t)
+        z = torch.zeros(n, 2, 4) if latent == 'continuous' else model.z_mask.expand(n, 2, 4)
+        t = (x_t == V).double().mean(dim=1) ** (1 if schedule == 'linear' else 0.5)
+        return model.head(model.hidden_states(x_t, z, t.float())[0][where])
+    with torch.no_grad():
+        x = reveal_tokens(denoise, model.all_masked(32), V, 4, schedule, sampler, 1.0, 1.0,
+                          generator=generator())
+    assert torch.equal(model.sample(32, 4, 'seq', sampler, latent='none', generator=generator()), x)
+    assert model.sampling_flops(L, 4, strategy='seq', latent='none') == 4 * model.flops(L)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -797,12 +832,64 @@ def test_nll_of_a_uniform_model(strategy, layers):
 def test_nll_adds_the_channels():
     x = texts(16)
     di, co = make('discrete').eval(), make().eval()
-    assert di.likelihood == 'bound' and co.likelihood == 'token channel'
-    parts = di.nll_parts(x, whole(16))
-    assert set(parts) == {'token', 'latent'}
-    torch.testing.assert_close(di.nll(x, whole(16)), parts['token'] + parts['latent'])
-    parts = co.nll_parts(x, whole(16))
-    assert set(parts) == {'token'} and torch.equal(co.nll(x, whole(16)), parts['token'])
+    for model in (di, co):
+        parts = model.nll_parts(x, whole(16))
+        assert model.likelihood == 'bound' and set(parts) == {'token', 'latent'}
+        torch.testing.assert_close(model.nll(x, whole(16)), parts['token'] + parts['latent'])
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_times_by_log_snr(schedule):
+    t = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+    square = abar(t, schedule) ** 2
+    torch.testing.assert_close(log_snr(t, schedule).exp(), square / (1 - square))
+    torch.testing.assert_close(time_at(log_snr(t, schedule), schedule), t)
+
+
+PAIRS, P = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor([0.4, 0.15, 0.05, 0.4])
+ENCODERS = {'injective': [[1.0, 0], [-0.5, 1], [0.3, -1], [-1, -1]], 'constant': [[0.7, 0.2]] * 4,
+            'of the first token': [[1.0, 1], [1, 1], [-1, 0], [-1, 0]],
+            'loud': [[9.0, 0], [-9, 9], [0, -9], [9, 9]]}
+
+
+def exact_co(z_of, schedule='vp_sqrt'):
+    """Co-LADD on two coins whose networks are the posteriors. z_of: a latent for each of the PAIRS."""
+    model = LADD(Config(**{**TINY, 'vocab_size': 2, 'block_size': 2, 'hidden': 2, 'num_heads': 1,
+                           'num_latents': 1, 'latent_dim': 2}, unit_norm=False, latent_schedule=schedule))
+    z_of = torch.tensor(z_of)
+
+    def hidden_states(x_t, z_t, t):
+        fits = ((x_t[:, None] == 2) | (x_t[:, None] == PAIRS)).all(dim=2)              # (b, 4)
+        a = abar(t, schedule)[:, None]
+        distance = (z_t - a[..., None] * z_of).square().sum(dim=2)                     # (b, 4)
+        p = (fits.log() + P.log() - distance / (2 * (1 - a**2))).softmax(dim=1)
+        return (p @ F.one_hot(PAIRS).float().flatten(1)).view(-1, 2, 2).clamp(min=1e-30).log(), (p @ z_of)[:, None]
+    model.encode = lambda x, blank=None, stored=None: z_of[2 * x[:, 0] + x[:, 1], None]
+    model.hidden_states, model.z_head = hidden_states, torch.nn.Identity()
+    torch.nn.init.eye_(model.head.weight)
+    return model
+
+
+@pytest.mark.parametrize('strategy', ['joint', 'seq'])
+@pytest.mark.parametrize('encoder', ENCODERS)
+@pytest.mark.parametrize('schedule, t_end', [*((s, 0.1) for s in SCHEDULES), ('vp_linear', 0),
+                                             ('vp_sqrt', 0.6)])
+def test_the_bound_of_exact_networks_is_the_entropy(strategy, encoder, schedule, t_end):
+    """Whatever the latent says, and wherever its path ends; the token channel alone is less."""
+    model = exact_co(ENCODERS[encoder], schedule)
+    model.channel.t_end = t_end
+    entropy, n = -float((P * P.log()).sum()), 20000
+    x = PAIRS[torch.multinomial(P, n, replacement=True, generator=generator())]
+    parts = model.nll_parts(x, whole(n), strategy)
+    nats = parts['token'] + parts['latent']
+    assert close(nats, entropy)
+    assert encoder == 'constant' or parts['token'].mean() < entropy - 0.1
+
+
+@pytest.mark.parametrize('latent', LATENTS)
+def test_nll_has_no_unknown_strategy(latent):
+    with pytest.raises(ValueError, match="no strategy 'sequential'; it has: joint, seq"):
+        make(latent).nll_parts(texts(4), whole(4), 'sequential')
 
 
 @pytest.mark.parametrize('latent', LATENTS)
