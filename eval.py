@@ -5,6 +5,7 @@ Every number of the papers' tables, from a checkpoint of any method.
     python eval.py --out_dir=out/NAME --data=zeroshot/ptb             on any prepared set, or a text file
     python eval.py --out_dir=out/NAME --metrics=gen_ppl,diversity --steps=1,2,4,8,16,32       on samples
     python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent_steps=2,8,32  of LADD
+    python eval.py --out_dir=out/NAME --metrics=gen_ppl --strategy=seq --latent=none          its control
     python eval.py --out_dir=out/NAME --metrics=reconstruction,smoothness --teacher=out/AR    of LDLM
     python eval.py out/A out/B --steps=1,2,4,8,16,32,64 --teacher=out/AR     quality against cost: a frontier
 
@@ -15,8 +16,8 @@ val_ppl      exp(nats per token), over all tokens of a chunk, EOS included. Exac
              bound: the ELBO, at times stratified over all texts and drawn anew in each of --nll_draws
              rounds, so the batch size does not matter. LADD: token_ppl is the token channel alone, as in
              the papers ("data Val PPL"). It bounds nothing, because the latent it is given was read off the
-             text. Codes (Di-LADD) have a likelihood, too (latent_nll), and val_ppl is then the bound of both
-             channels. _se is the standard error over fresh texts and fresh noise.
+             text. With what the latent costs (latent_nll), val_ppl is a bound, see LADD.nll_parts. _se is
+             the standard error over fresh texts and fresh noise.
 gen_ppl      exp(nats per token) of the samples under a causal language model, the teacher. Samples are whole:
              nothing is cut at EOS. A teacher with another tokenizer reads the text, with its own EOS for our
              EOS and BOS, in windows of its context. A Hugging Face teacher has nothing to predict a window's
@@ -38,6 +39,11 @@ smoothness   LDLM figure 3: Gen PPL along the straight line between the latents 
 
 Every result on samples has entropies, time and GFLOPs, because Gen PPL alone says little: a model that
 repeats one sentence has the best Gen PPL of all.
+
+Two controls say what a latent is worth: --latent=none, tokens of the same network without its latent (LADD's
+sequential strategy), and --latent=data, tokens given the latents of validation texts, so without the error of
+the latents that the model makes (of LDLM, the reconstruction). Neither the encoder's time nor its GFLOPs
+count. In a frontier, --latent=generated,none,data draws them beside the samples.
 
 A frontier samples every run with all its strategies at every number of steps, scores all of them with one
 teacher, and prints and draws what lib/plot.py explains. What eval.jsonl already holds, of the same weights,

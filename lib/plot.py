@@ -165,10 +165,12 @@ def curves(results):
 
     def shown(i):
         """Whether labels mention setting i."""
+        found = {settings[i] for _, settings in groups} - {None}
+        if found <= FIRST_SAMPLERS:
+            return False
         if len({(model, settings[i]) for model, settings in groups}) > len({model for model, _ in groups}):
             return True  # it tells the curves of one model apart
-        found = {settings[i] for _, settings in groups} - {None}
-        return len(found) > 1 and SETTINGS[i] != 'step' and not found <= FIRST_SAMPLERS
+        return len(found) > 1 and SETTINGS[i] != 'step'
     in_label, labelled = [i for i in range(len(SETTINGS)) if shown(i)], {}
     for (model, settings), runs in groups.items():
         words = [f'{SETTINGS[i]} {settings[i]}' for i in in_label if settings[i] is not None]

@@ -108,9 +108,10 @@ def test_batches_change_nothing(name):
     assert a == pytest.approx(b, rel=1e-5) and len(a) > 2
 
 
-def test_channels_of_ladd():
+@pytest.mark.parametrize('name', ['co', 'di'])
+def test_channels_of_ladd(name):
     texts = torch.randint(10, (40, L), generator=generator())
-    method = make('di')
+    method = make(name)
     joint, seq = (evaluation.likelihood(method, texts.__getitem__, 40, 40, strategy=strategy)
                   for strategy in ('joint', 'seq'))
     for r in (joint, seq):
@@ -118,8 +119,6 @@ def test_channels_of_ladd():
     nll = method.nll(texts, Noise(0, 0, torch.arange(40), 40))
     assert joint['val_nll'] == pytest.approx(nll.mean().item() / L, rel=1e-5)
     assert joint['token_nll'] != seq['token_nll']
-    co = evaluation.likelihood(make('co'), texts.__getitem__, 40, 40)
-    assert co.keys() == {'token_nll', 'token_nll_se', 'token_ppl'}
 
 
 def test_ar_is_exact():
@@ -468,6 +467,11 @@ def test_swd_is_sawtooths(capsys):
     (['--nll_draws=0'], 'nll_draws'),
     (['--val_seqs=-1'], 'val_seqs'),
     (['--strategy=seq'], "no strategy 'seq'"),
+    (['--latent=none'], 'MDLM has no option latent\n'),
+    (['--latent=nothing'], 'latent is one of generated, none, data'),
+    (['--out_dir=out/d', '--metrics=entropy', '--latent=none'], 'it works with strategy=seq'),
+    (['--out_dir=out/d', '--metrics=entropy', '--latent=data', '--strategy=seq', '--val_seqs=3'],
+     'there are 3: --num_samples=3'),
     (['--latent_steps=8,9'], 'no option latent_steps'),
     (['--latent_steps=x'], '--latent_steps wants numbers'),
     (['--temperature=-1'], 'temperature must be at least 0'),
@@ -491,6 +495,7 @@ def test_mistakes(argv, match, tmp_path, monkeypatch, capsys):
     open('broken/config.json', 'w').write('{}')
     open('short.txt', 'w').write('abc')
     open('latin.txt', 'wb').write(b'\xe9')
+    make('di', 'out/d', dataset='sawtooth', vocab_size=2)
     named = argv[0].startswith(('--out_dir', 'config', 'out'))
     assert match in fails(evaluation, monkeypatch, capsys, *['--out_dir=out/m'] * (not named), *argv, *ARGS)
 
@@ -641,7 +646,45 @@ def test_latent_steps_are_curves_of_a_frontier(capsys):
     assert '[1] out/c, latent_steps 2\n[2] out/c, latent_steps 3\n' in out
 
 
+def test_controls_are_curves_of_a_frontier(tmp_path, capsys):
+    """Without a latent, and with those of texts; methods without latents have their one curve."""
+    data = prepare(tmp_path, 'set')
+    for name in ('mdlm', 'ar'):
+        make(name, 'out/' + name)
+    di, co, ldlm = (make(name, 'out/' + name, dataset=data) for name in ('di', 'co', 'ldlm'))
+    capsys.readouterr()
+    runs = ['out/mdlm', 'out/di', 'out/co', 'out/ldlm']
+    for again in (False, True):
+        evaluation.main([*runs, '--latent=generated,none,data', '--steps=1,2', '--teacher=out/ar', *ARGS])
+        out = capsys.readouterr().out
+        results = lines(out)
+        if again:
+            assert results == []  # all of them were known
+    for label in ('out/mdlm', *(f'out/{name}, strategy {s}' for name in ('di', 'co') for s in (
+            'joint', 'seq, latent_steps 8', 'seq, latent none', 'seq, latent data')),
+            'out/ldlm', 'out/ldlm, latent data'):
+        assert f'] {label}\n' in out
+    results = {(r['model'], r.get('strategy'), r.get('latent'), r['steps']): r
+               for name in runs for r in plot.gen_ppls(name)}
+    assert len(results) == 2 + 8 + 8 + 3
+    config = checkpoint.load('out/di/ckpt.pt')['config']
+    x = sample.open_texts('', config, sample.open_tokenizer(config), CPU)[0](torch.arange(6))
+    for name, method in (('out/di', di), ('out/co', co)):
+        with torch.no_grad():
+            z_0 = method.latents_of(x)
+        for latent, given in ('none', {}), ('data', {'z_0': z_0}):
+            r = results[name, 'seq', latent, 2]
+            samples = sample.generate(method, 6, 2, 4, 0, strategy='seq', latent=latent, **given)
+            assert r['entropy_sample'] == evaluation.entropies(samples)['entropy_sample']
+            assert r['gflops'] == 2 * method.flops(L) / 1e9 and 'latent_steps' not in r
+    r = results['out/ldlm', None, 'data', None]
+    assert r['entropy_sample'] == evaluation.entropies(ldlm.reconstruct(x))['entropy_sample']
+    assert r['gflops'] == ldlm.sampling_flops(L, 0, sampler='ddim') / 1e9 and 'sampler' not in r
+
+
 @pytest.mark.parametrize('argv, match', [
+    (['out/m', '--latent=nothing'], 'of generated, none, data one or several'),
+    (['out/m', '--latent=none'], 'none of the strategies joint,seq with latent=none'),
     ([], 'name one model'),
     (['out/none'], 'holds no checkpoint'),
     (['out/m', '--strategies=seq'], 'none of the strategies'),

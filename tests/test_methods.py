@@ -47,7 +47,8 @@ def lines(n, step=0, length=L):
     dict(strategy='seq', latent_steps=0), dict(strategy='seq', latent_steps=-1),
     dict(strategy='joint', latent_steps=4), dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0),
     dict(top_p=1.5), dict(sampler='remdm', eta=5), dict(sampler='remdm', eta=-0.1),
-    dict(sampler='ddim', eta=0.5), dict(colour='blue')], ids=str)
+    dict(sampler='ddim', eta=0.5), dict(colour='blue'), dict(latent='nothing'), dict(latent='data'),
+    dict(strategy='seq', latent='data'), dict(strategy='seq', latent='none', latent_steps=3)], ids=str)
 def test_a_mistake_draws_no_sample(name, wrong):
     method = make(name)
 
@@ -78,7 +79,10 @@ def test_steps_are_at_least_one_where_they_matter(name, strategy, sampler):
 
 @pytest.mark.parametrize('name, strategy, sampler', CHOICES)
 def test_options_are_complete_and_each_has_an_effect(name, strategy, sampler):
-    """With all defaults spelled out the samples are the same; with another value of any option, others."""
+    """With all defaults spelled out the samples are the same; with another value of any option, others.
+
+    (That of `latent`: see test_ladd.py, test_ldlm.py.)
+    """
     method = make(name)
     options = method.sampling_options(strategy, sampler)
     assert (options['strategy'], options['sampler']) == (strategy, sampler)
@@ -89,8 +93,14 @@ def test_options_are_complete_and_each_has_an_effect(name, strategy, sampler):
     x = sample(strategy=strategy, sampler=sampler)
     assert x.shape == (64, L) and x.dtype == torch.int64 and 0 <= x.min() and x.max() < V
     assert torch.equal(sample(**options), x)
-    for option in options.keys() - {'strategy', 'sampler'}:
+    for option in options.keys() - {'strategy', 'sampler', 'latent'}:
         assert not torch.equal(sample(**{**options, option: others[option]}), x), option
+
+
+@pytest.mark.parametrize('name', [name for name in TINY_METHODS if make(name).likelihood])
+def test_an_unknown_strategy_has_no_likelihood(name):
+    with pytest.raises(ValueError, match="no strategy 'sequential'"):
+        make(name).nll_parts(lines(4), whole(4), 'sequential')
 
 
 @pytest.mark.parametrize('name', TINY_METHODS)

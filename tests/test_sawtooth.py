@@ -17,7 +17,7 @@ from helpers import generator, whole
 
 import sawtooth
 import train
-from ladd import code_step, joint
+from ladd import LADD, code_step, joint
 from lib.configurator import UserError
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
 from sawtooth import Exact, Sawtooth, bias, gap_to_exact, swd
@@ -209,6 +209,33 @@ def test_exact_sequential_ladd_needs_one_step():
     x = joint(Exact().joint_denoise, all_masked(), z, 1, alpha(time_grid(1)), lambda z, logits, t, s: z, MASK,
               generator=generator())
     assert abs(swd(x, draws=1) - 0.0061) < 4 * 0.0004
+
+
+def exact_ladd(points):
+    """Di-LADD with the exact denoiser, whose one code is a shift: of a text, the likeliest."""
+    exact = Exact(points)
+    keys = dict(vocab_size=2, block_size=128, hidden=2, num_layers=1, num_heads=1, cond_dim=2)
+    model = LADD(LADD.Config(**keys, latent='discrete', latent_schedule='linear', codebook_size=points))
+
+    def hidden_states(x_t, z_t, t):
+        logits, _ = exact.joint_denoise(x_t, z_t, t, torch.ones_like(x_t, dtype=torch.bool))
+        return logits.view(*x_t.shape, 2), None
+    model.channel.seen, model.hidden_states = lambda z: z, hidden_states
+    model.latents_of = lambda x: exact.log_likelihood(x).argmax(dim=1, keepdim=True)
+    torch.nn.init.eye_(model.head.weight)
+    return model
+
+
+def test_exact_ladd_given_the_latents_of_texts_needs_one_step():
+    model, n = exact_ladd(128), N // 5
+    x = model.sample(n, 1, 'seq', z_0=model.latents_of(data(n)), generator=generator())
+    assert abs(swd(x, draws=1) / 5**0.5 - 0.0061) < 4 * 0.0004  # the floor is in proportion to n^-1/2
+
+
+def test_exact_ladd_without_its_latent_is_mdlm():
+    x = exact_ladd(64).sample(16, 4, 'seq', latent='none', generator=generator())
+    assert torch.equal(x, ancestral(Exact(64).denoise, all_masked(16), alpha(time_grid(4)), MASK,
+                                    generator=generator()))
 
 
 def test_first_hitting_equals_ancestral_in_law():
