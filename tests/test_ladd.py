@@ -873,7 +873,7 @@ def exact_co(z_of, schedule='vp_sqrt'):
 
 @pytest.mark.parametrize('strategy', ['joint', 'seq'])
 @pytest.mark.parametrize('encoder', ENCODERS)
-@pytest.mark.parametrize('schedule, t_end', zip(SCHEDULES, (0.1, 0, 0.6)))
+@pytest.mark.parametrize('schedule, t_end', [*zip(SCHEDULES, (0.1, 0, 0.6))])
 def test_the_bound_of_exact_networks_is_the_entropy(strategy, encoder, schedule, t_end):
     """Whatever the latent says, and wherever its path ends; the token channel alone is less."""
     model = exact_co(ENCODERS[encoder], schedule)
