@@ -255,6 +255,8 @@ def sample_results(c, o):
             result = {'metric': 'samples', 'steps': calls, 'num_samples': c.num_samples, **options,
                       **scores(x, c, o), 'gflops': flops / 1e9, 'seconds_per_sample': seconds,
                       'cpu_seconds_per_sample': cpu_seconds, 'samples_per_s': 1 / seconds}
+            if options.get('latent') == 'data':
+                result['data'] = c.data or o.config['dataset']
             if 'gen_ppl' in result:
                 result['samples_per_s_per_gen_ppl'] = 1 / seconds / result['gen_ppl']
             yield {**result, 'eos': 'kept: a sample is a chunk of documents joined by EOS'}
@@ -318,19 +320,19 @@ def prepare(argv):
         raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
     if o.metrics & {'val_ppl', *SAMPLE_METRICS}:  # the others do without a sampler, which may be untrained
         o.choices = choices(c, o.method)
-    controlled = o.metrics & SAMPLE_METRICS and any(options.get('latent') == 'data' for options in o.choices)
-    if o.metrics & {*TEXT_METRICS, 'mauve'} or controlled:
+    wants_latents = c.latent == 'data' and o.metrics & SAMPLE_METRICS
+    if o.metrics & {*TEXT_METRICS, 'mauve'} or wants_latents:
         o.rows, n = open_texts(c.data, o.config, o.tok, o.device)
         o.n = min(n, c.val_seqs or n)
         if 'smoothness' in o.metrics and o.n < 2:
             raise UserError('smoothness wants two texts at least, and there is one')
-    if o.method.encoder_name and (o.metrics & TEXT_METRICS or controlled):
+    if o.method.encoder_name and (o.metrics & TEXT_METRICS or wants_latents):
         attach(o.method, o.config, o.tok, o.device, c.encoder)
     elif c.encoder:
         raise UserError('--encoder has no effect: these metrics of this run need no frozen encoder')
     if o.metrics & {'gen_ppl', 'smoothness'}:
         o.teacher = open_teacher(c.teacher, o.tok, o.device)
-    if controlled:
+    if wants_latents:
         o.z_0 = latents_of_texts(o.method, o.rows, o.n, c.num_samples, c.batch_size)
     return c, o
 
@@ -395,6 +397,8 @@ def planned(folder, method, config, c, device):
                     *(f'--{k}={getattr(c, k)}' for k in PASSED_ON)]
             options, = choices(read_arguments(Config, argv), method)
             settings = {**provenance(c, method, config, device), 'num_samples': c.num_samples, **options}
+            if latent == 'data':
+                settings['data'] = config['dataset']
             found.append((argv, settings, steps_by_calls(method, numbers('steps', c.steps), options)))
     if not found:
         raise UserError(f'{folder} has none of the strategies {c.strategies} with latent={c.latent}; '

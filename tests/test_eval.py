@@ -9,6 +9,7 @@ import pathlib
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from helpers import CHARS, TINY, L, fails, generator, make
@@ -678,9 +679,12 @@ def test_controls_are_curves_of_a_frontier(tmp_path, monkeypatch, capsys):
             samples = sample.generate(method, 6, 2, 4, 0, strategy='seq', latent=latent, **given)
             assert r['entropy_sample'] == evaluation.entropies(samples)['entropy_sample']
             assert r['gflops'] == 2 * method.flops(L) / 1e9 and 'latent_steps' not in r
+            assert r.get('data') == (data if latent == 'data' else None)
     r = results['out/ldlm', None, 'data', None]
     assert r['entropy_sample'] == evaluation.entropies(ldlm.reconstruct(x))['entropy_sample']
     assert r['gflops'] == ldlm.sampling_flops(L, 0, sampler='ddim') / 1e9 and 'sampler' not in r
+    sample.main(['--out_dir=out/ldlm', '--latent=data', '--num_samples=6', '--save=x.npy', '--device=cpu'])
+    assert (np.load('x.npy') == ldlm.reconstruct(x).numpy()).all()
 
 
 @pytest.mark.parametrize('argv, match', [
