@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import mdlm
 import model
 import train
-from lib.configurator import UserError, configure, key, run
+from lib.configurator import MOST_STEPS, UserError, configure, key, run
 from lib.device import compile_in_place, device_name, pick_device
 from methods import METHODS, attach_encoder, build
 
@@ -39,7 +39,7 @@ from methods import METHODS, attach_encoder, build
 class Config(train.Config):
     vocab_size: int = key(0, at_least=0)   # 0: that of the data set; otherwise no data set is opened
     iters: int = key(5, at_least=1)        # training steps that are timed; the median counts
-    steps: int = key(64, at_least=1)       # of the sampler
+    steps: int = key(64, at_least=1, at_most=MOST_STEPS)  # of the sampler
     num_samples: int = key(2, at_least=0)  # sequences sampled at once; 0: no sampling
     # compiled | eager | full: what to measure in this process; '': one process for each, and a table of them
     variant: str = key('', choices=('', 'compiled', 'eager', 'full'))

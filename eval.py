@@ -197,6 +197,9 @@ def entropies(x):
 
 
 def diversity(x):
+    """nan if a sample is too short for n-grams."""
+    if x.shape[1] < 4:
+        return math.nan
     product = 1.0
     for n in (2, 3, 4):
         grams = x.unfold(1, n, 1).flatten(0, 1)  # (N (L - n + 1), n)
@@ -206,11 +209,12 @@ def diversity(x):
 
 def mauve_score(x, references, tok, device, seed):
     import mauve
+    gpu = torch.cuda.current_device() if device.type == 'cuda' else -1
     texts, references = ([tok.decode(ids) for ids in part.tolist()] for part in (x, references))
     with torch.autocast(device.type, enabled=False):
         return mauve.compute_mauve(
             p_text=references, q_text=texts, featurize_model_name='gpt2-large', max_text_length=1024,
-            seed=seed, device_id=0 if device.type == 'cuda' else -1, verbose=False).mauve
+            seed=seed, device_id=gpu, verbose=False).mauve
 
 
 def scores(x, c, o):
@@ -344,10 +348,14 @@ def provenance(c, method, config, device):
 
 
 def evaluate(argv):
-    """--out_dir=out/NAME: prints its results, and adds them to its eval.jsonl."""
+    """--out_dir=out/NAME: prints its results, and adds them to its eval.jsonl -> the results."""
     c, o = prepare(argv)
     path = os.path.join(c.out_dir, 'eval.jsonl') if c.out_dir else os.devnull
-    append(path)  # fails now if it cannot be written
+    try:
+        append(path)
+    except UserError as e:  # of somebody else's run, say
+        print(f'{e}: results are printed, but not kept', file=sys.stderr)
+        path = os.devnull
     common = {'model': c.out_dir or c.init_from, **{k: o.config[k] for k in ('method', 'dataset')},
               'data_sha256': o.config.get('data_sha256'),
               'L': o.config['block_size'], **provenance(c, o.method, o.config, o.device),
@@ -358,14 +366,15 @@ def evaluate(argv):
         of_samples = sample_results(c, o) if o.metrics & SAMPLE_METRICS else ()
         for result in itertools.chain(of_texts, of_samples):
             results.append({**result, **common})
+            append(path, results[-1])  # first: what it is printed to may be gone
             print(json_line(results[-1]), end='', flush=True)
-            append(path, results[-1])
 
     columns = [k for k in COLUMNS if any(r.get(k) is not None for r in results)]
     rows = [[r['metric'], *(plot.written(r.get(k)) for k in columns)] for r in results]
     plot.print_table('metric', columns, rows, sys.stderr)
     if c.plot:
         plot.frontier(plot.measured([c.out_dir]), plot.beside(c.out_dir, 'frontier'), sys.stderr)
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -415,31 +424,31 @@ def sweep(argv):
     if not set(c.latent.split(',')) <= set(LATENTS):
         raise UserError(f'--latent={c.latent}: of {", ".join(LATENTS)} one or several, with commas')
     drawing, device = plot.frontier_options(c), pick_device(c.device)
+    folders = [os.path.normpath(name) for name in names if not name.endswith('.jsonl')]
+    path = c.save or plot.beside((folders or names)[0], 'frontier')
+    plot.check_ending(path)
     if c.results and not c.results.endswith('.jsonl'):
         raise UserError(f'--results={c.results}: the name ends with .jsonl')
     if c.results not in names and os.path.exists(c.results):
         raise UserError(f'{c.results} holds results: name it among the runs, too, or give another file')
-    folders = [os.path.normpath(name) for name in names if not name.endswith('.jsonl')]
     plans, teacher = [], {}
     for folder in folders:
         method, config = open_run(folder, device)
         teacher = teacher or open_teacher(c.teacher, open_tokenizer(config), device).record
         plans += [(folder, *plan) for plan in planned(folder, method, config, c, device)]
 
-    def known(folder, settings, calls):
+    def known(folder, settings, calls, new=()):
         wanted = {**settings, **teacher, 'steps': calls}
-        return [r for r in plot.gen_ppls(folder) if wanted.items() <= r.items()][-1:]
+        return [r for r in [*new, *plot.gen_ppls(folder)] if wanted.items() <= r.items()][-1:]
     results = plot.measured([name for name in names if name.endswith('.jsonl')])
     for folder, argv, settings, budgets in plans:
         missing = [str(steps) for calls, steps in budgets.items() if not known(folder, settings, calls)]
-        if missing:
-            evaluate([*argv, '--steps=' + ','.join(missing)])
-        results += [r for calls in budgets for r in known(folder, settings, calls)]
+        new = evaluate([*argv, '--steps=' + ','.join(missing)]) if missing else []
+        results += [r for calls in budgets for r in known(folder, settings, calls, new)]
 
     if c.results:
         with whole(c.results) as temp, open(temp, 'w') as f:
             f.writelines(dict.fromkeys(map(json_line, results)))  # once, if a run and its file are named
-    path = c.save or plot.beside((folders or names)[0], 'frontier')
     plot.frontier(results, path, sys.stdout, **drawing)
     print(path)
 

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import mdlm
-from lib.configurator import Not, key
+from lib.configurator import MOST_STEPS, Not, key
 from lib.distributed import gathered
 from lib.encoders import pool
 from lib.method import with_latent
@@ -347,7 +347,7 @@ class LADD(mdlm.MDLM):
     Config = Config
     likelihood, wants_summary = 'bound', True
     strategies = {'joint': {}, 'seq': {
-        'latent_steps': key(8, at_least=1),
+        'latent_steps': key(8, at_least=1, at_most=MOST_STEPS),
         # what the tokens are given: a latent of ours | no latent: codes masked, vectors 0 as by p_drop (a
         # network without p_drop has never met that) | z_0, the latents of texts
         'latent': key('generated', choices=('generated', 'none', 'data'))}}

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from lib.checkpoint import is_run
-from lib.configurator import Keys, UserError, configure, defaults_of, key, run
+from lib.configurator import MOST_STEPS, Keys, UserError, configure, defaults_of, key, run
 from lib.device import compile_in_place, pick_device
 from lib.files import whole
 from lib.hub import save_run
@@ -72,8 +72,8 @@ OPTIONS = ('latent_steps', 'latent', 'eta', 'temperature', 'top_p')
 @dataclass
 class Config(Shared):
     num_samples: int = key(16, at_least=1)
-    steps: int = key(32, at_least=1)  # denoiser calls for the tokens
-    start: str = ''                # prompt; [MASK:n] stands for n tokens to fill in, [MASK] for one
+    steps: int = key(32, at_least=1, at_most=MOST_STEPS)  # denoiser calls for the tokens
+    start: str = key('', prose=True)  # prompt; [MASK:n] stands for n tokens to fill in, [MASK] for one
     show: bool = False             # draw the denoising of the first sample of each batch
     save: str = ''                 # FILE.npy | FILE.jsonl
     save_hub: str = ''             # FOLDER: write the run there, to share it on the hub, and draw nothing

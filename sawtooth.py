@@ -12,6 +12,7 @@ here, as a denoiser that fits the samplers.
                                           them adds kept results
 """
 import functools
+import itertools
 import json
 import os
 import re
@@ -280,14 +281,15 @@ def figure(records, path):
 
     Lines: trained, mean and range over seeds; dashes: exact; grey: the floor.
     """
-    from lib.plot import curve, log_scale, plt, save
+    from lib.plot import curve, literally, log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
               'exact joint ahead': 'C7'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
-        curve(plt.gca(), list(values), list(values.values()), color=colors.get(name), label=name, **style)
+        curve(plt.gca(), list(values), list(values.values()), color=colors.get(name),
+              label=literally(name), **style)
     floor = np.mean([r['swd'] for r in records if r['name'] == 'data'])
     plt.axhline(floor, color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)
@@ -343,6 +345,26 @@ class Config(Keys):
     save: str = 'out/sawtooth'    # -> out/sawtooth.png, out/sawtooth_samples.png
 
 
+# the kinds of results: what each holds besides whose it is
+RESULTS = {'token_loss', 'strategy'}, {'swd', 'strategy', 'steps'}, {'kl', 'visible', 'network', 'bayes'}
+
+
+def read_results(path, n):
+    """The results from n samples, and gaps to the exact denoiser, in a .jsonl file.
+
+    UserError if it holds anything else.
+    """
+    texts = ['name', 'out_dir', 'weights', 'strategy', 'visible']
+    records = read_lines(path, {'n'}.union(*RESULTS).difference(texts), texts)
+    drawn = [('MDLM', 'joint'), *itertools.product(LATENT_STEPS, ('joint', 'seq'))]
+    for i, r in enumerate(records):
+        there = {k for k, v in r.items() if v is not None}
+        complete = there >= {'out_dir', 'weights', 'n'} and any(there >= kind for kind in RESULTS)
+        if not complete or (r.get('name'), r.get('strategy', 'joint')) not in drawn:
+            raise UserError(f'{path}, line {i + 1} is no result of sawtooth.py')
+    return [r for r in records if r['n'] == n or 'kl' in r]
+
+
 def measure(out_dir, c, steps, panels):
     """The records of a run.
 
@@ -358,14 +380,14 @@ def measure(out_dir, c, steps, panels):
     out_dir = os.path.normpath(out_dir)
     path = os.path.join(out_dir, 'sawtooth.jsonl')
     common = dict(name=method.name, step=config['step'], seed=config['seed'], weights=fingerprint(method))
-    records = [dict(r, out_dir=out_dir) for r in read_lines(path)
-               if r.get('weights') == common['weights'] and (r['n'] == n or 'kl' in r)]  # it may be renamed
+    records = [dict(r, out_dir=out_dir) for r in read_results(path, n)
+               if r['weights'] == common['weights']]  # it may be renamed
 
     def keep(*new):
         for r in new:
             records.append({**common, 'out_dir': out_dir, **r})
+            append(path, records[-1])  # first: what it is printed to may be gone
             print(json.dumps(records[-1]), flush=True)
-            append(path, records[-1])
     with torch.autocast(device.type, torch.bfloat16, enabled=config['dtype'] == 'bfloat16'):
         if not any('token_loss' in r for r in records):
             keep(*token_losses(method, n))
@@ -395,7 +417,7 @@ def main(argv):
         if not name.endswith('.jsonl'):
             records += measure(name, c, steps, panels)
         elif os.path.exists(name):  # results of runs whose checkpoints are gone
-            records += [r for r in read_lines(name) if r['n'] == n or 'kl' in r]
+            records += read_results(name, n)
         else:
             raise UserError(f'there is no file {name}')
     # a run may be among the .jsonl, too

@@ -27,7 +27,7 @@ from lib.configurator import Keys, UserError, configure, key, run
 from lib.device import compile_in_place, pick_device
 from lib.distributed import average_gradients, connect, largest, rank_and_world, summed
 from lib.log import Log
-from lib.noise import Noise
+from lib.noise import Noise, seed_of
 from lib.signals import heed_signals, unbreakable_output
 from lib.tokens import Tokens, WithLatents
 from lib.weights import find_weights, load_weights
@@ -137,7 +137,7 @@ class Trainer:
         x, *z_0 = (part.to(self.device, non_blocking=True) for part in batch)
         noise = Noise(c.seed, step, self.device_rows, c.batch_size)
         # dropout, too, is a function of the step
-        torch.manual_seed((c.seed * 1000003 + step) * 65536 + self.rank & 0x7FFFFFFFFFFFFFFF)
+        torch.manual_seed(seed_of(c.seed, step, self.rank))
         with self.autocast:
             news = method.begin_step(step, noise, draw_rows)
         if news and self.rank == 0:

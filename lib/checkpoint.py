@@ -26,7 +26,9 @@ FORMAT = 2
 def is_run(name):
     """Whether a name means a run of ours; any other is a hub id, or a folder in the hub's format."""
     of_hub = os.path.exists(os.path.join(name, 'config.json'))
-    return name.startswith('out/') and not of_hub or os.path.exists(os.path.join(name, 'ckpt.pt'))
+    is_file = os.path.basename(name) == 'ckpt.pt'  # `load` will ask for its folder
+    return (name.startswith('out/') and not of_hub or is_file
+            or os.path.exists(os.path.join(name, 'ckpt.pt')))
 
 
 def save(path, checkpoint):
@@ -49,8 +51,10 @@ def load(path):
 
     UserError if the file is missing, truncated or not a checkpoint.
     """
+    folder = os.path.dirname(path)
+    if os.path.isfile(folder):
+        raise UserError(f'{folder}: a run is named by its folder, {os.path.dirname(folder) or "."}')
     if not os.path.isfile(path):
-        folder = os.path.dirname(path)
         if os.path.exists(os.path.join(folder, 'config.json')):
             raise UserError(f'{folder} holds no run but weights in the hub\'s layout: --init_from={folder}')
         name = os.path.basename(folder)
@@ -61,15 +65,25 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if checkpoint['format'] == 1:
             checkpoint = from_format_1(checkpoint)
-        usable = (checkpoint['format'] == FORMAT and isinstance(checkpoint['config']['method'], str)
-                  and isinstance(checkpoint['step'], int)
-                  and all(isinstance(checkpoint[k], dict) for k in ('model', 'ema')))
+        usable = checkpoint['format'] == FORMAT and is_sound(checkpoint)
     except Exception as e:  # a foreign or damaged file can fail in any way
         raise UserError(f'{path} is not one of our checkpoints, or it is cut short ({type(e).__name__}); '
                         'delete it, or train with --init_from=scratch') from e
     if not usable:
         raise UserError(f'{path} is a checkpoint of another version; train again with --init_from=scratch')
     return checkpoint
+
+
+def is_sound(checkpoint):
+    """Whether every entry is of its kind; KeyError if one is missing that a trained model needs."""
+    kinds = {'method': str, 'vocab_size': int, 'block_size': int}
+    tensors = [*checkpoint['model'].items(), *checkpoint['ema'].items()]
+    states = checkpoint.get('optimizer', {})
+    for state in states.values():
+        tensors += state.items()
+    return (all(type(checkpoint['config'][k]) is kind for k, kind in kinds.items())
+            and all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in tensors)
+            and all(type(n) is int and n >= 0 for n in (checkpoint['step'], checkpoint.get('tokens', 0))))
 
 
 def from_format_1(old):

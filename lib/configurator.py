@@ -14,6 +14,8 @@ import os
 import sys
 import time
 
+from lib.signals import text_streams
+
 
 class UserError(Exception):
     """A mistake by the user: the message is one line that says what is wrong and what would be right."""
@@ -33,7 +35,7 @@ class Not(tuple):
 
 
 def key(default, *, at_least=None, above=None, below=None, at_most=None,
-        choices=None, only=None, meaning=False):
+        choices=None, only=None, meaning=False, prose=False):
     """A field of a dataclass of keys, with the rule for its values.
 
     default: a bool, int, float or string, whose type is the key's: 1.0, not 1, for a float
@@ -41,9 +43,11 @@ def key(default, *, at_least=None, above=None, below=None, at_most=None,
     only: {other key: a value, a tuple of values, or Not([values])}: the settings in which this key has an
           effect; or a list of such dicts, any of which is enough. Elsewhere only the default is accepted.
     meaning: whether a change gives trained weights another meaning, even if their shapes stay the same
+    prose: whether the string is for the model to read; any other may be a path, in which ~ is your home
     """
     rule = dict(at_least=at_least, above=above, below=below, at_most=at_most, choices=choices)
-    return dataclasses.field(default=default, metadata={**rule, 'only': only, 'meaning': meaning})
+    return dataclasses.field(default=default, metadata={**rule, 'only': only, 'meaning': meaning,
+                                                        'prose': prose})
 
 
 BOUNDS = {'at_least': ('at least', operator.ge), 'above': ('greater than', operator.gt),
@@ -145,14 +149,18 @@ def fit(name, value, default):
     raise UserError(f'{name} wants {wants} (default {default!r}), not {value!r}')
 
 
+MOST_STEPS = 1_000_000  # of a sampler; no text has so many tokens
+
+
 def numbers(name, text):
-    """'1,2,4' -> [1, 2, 4]."""
+    """'1,2,4' -> [1, 2, 4]: steps of a sampler."""
     try:
         steps = [int(s) for s in text.split(',')]
     except ValueError:
         steps = [0]
-    if min(steps) < 1:
-        raise UserError(f'--{name} wants numbers of at least 1, as in --{name}=1,2,4; not {text!r}')
+    if not all(1 <= n <= MOST_STEPS for n in steps):
+        raise UserError(f'--{name} wants numbers of at least 1 and at most {MOST_STEPS}, '
+                        f'as in --{name}=1,2,4; not {text!r}')
     return steps
 
 
@@ -162,7 +170,7 @@ def numbers(name, text):
 def read_file(path):
     """A config file -> {key: value}."""
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:  # an editor may have put a BOM before the text
             tree = ast.parse(f.read())
     except (OSError, ValueError) as e:  # ValueError: not UTF-8, or a NUL in the name
         hint = nearest(path, glob.glob('config/*.py') or ['nothing in config/'])
@@ -219,7 +227,9 @@ def configure(Keys, argv, methods=None):
     try:
         ''.join(argv).encode()
     except UnicodeEncodeError:
-        raise UserError('an argument is not UTF-8') from None
+        locale = sys.getfilesystemencoding()
+        hint = f', because Python takes this locale for {locale}: set PYTHONUTF8=1' * (locale != 'utf-8')
+        raise UserError('an argument is not UTF-8' + hint) from None
     files = [a for a in argv if not a.startswith('-')]
     if len(files) > 1:
         raise UserError(f'at most one config file, and overrides as --key=value: {" ".join(files)}')
@@ -243,6 +253,9 @@ def configure(Keys, argv, methods=None):
         given.setdefault('out_dir', os.path.join('out', os.path.splitext(os.path.basename(files[0]))[0]))
     from_file = {**known, **{k: fit(k, v, known[k]) for k, v in given.items()}}
     config = {**from_file, **{k: read_value(k, text, known[k]) for k, text in flags.items()}}
+    prose = {f.name for group in groups for f in dataclasses.fields(group) if f.metadata.get('prose')}
+    config = {k: os.path.expanduser(v) if isinstance(v, str) and k not in prose else v
+              for k, v in config.items()}
     for group in groups:
         if found := complaints(group, config):
             raise UserError(found[0])
@@ -258,27 +271,57 @@ def configure(Keys, argv, methods=None):
 # how a script ends
 
 def run(main, Keys=None, methods=None):
-    """Runs main(argv) of a script. A UserError becomes one line and exit code 2.
+    """Runs main(argv) of a script. A UserError becomes one line and exit code 2, and so does what the machine
+    refuses: memory, or a write behind which there is a full disk.
 
     Ctrl-C or a closed pipe ends it quietly. If Keys are given (and methods, as for `configure`), --help
     prints the script's docstring and all keys.
     """
-    try:
-        if Keys and {'-h', '--help'} & set(sys.argv[1:]):
-            named = [a for a in sys.argv[1:] if not a.startswith('-') or a.startswith('--method=')]
-            keys = configure(Keys, named if methods else [], methods)
-            print(sys.modules['__main__'].__doc__.strip(), '\n\nkeys and defaults:',
-                  *(f'  --{k}={v}' for k, v in keys.items()), sep='\n')
-            return
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as e:
-        if os.environ.get('LOCAL_RANK', '0') != '0':
-            time.sleep(3)  # under torchrun a node's first process speaks for all, and its exit ends this one
-        print('error:', ' '.join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # as in `python sample.py | head`; keep the interpreter from flushing again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(130)
+    with text_streams():
+        try:
+            if Keys and {'-h', '--help'} & set(sys.argv[1:]):
+                named = [a for a in sys.argv[1:] if not a.startswith('-') or a.startswith('--method=')]
+                keys = configure(Keys, named if methods else [], methods)
+                print(sys.modules['__main__'].__doc__.strip(), '\n\nkeys and defaults:',
+                      *(f'  --{k}={v}' for k, v in keys.items()), sep='\n')
+            else:
+                main(sys.argv[1:])
+            sys.stdout.flush()
+        except UserError as e:
+            end(e)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:  # as in `python sample.py | head`
+            discard_output()
+            sys.exit(130)
+        except OSError as e:
+            discard_output()
+            end(f'cannot read or write: {e}')
+        except (MemoryError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+            keys = [f'--{k}' for k in SAVES_MEMORY if Keys and k in defaults_of(Keys)]
+            end('out of memory' + f'; less of it is needed with a smaller {", ".join(keys)}' * bool(keys))
+
+
+SAVES_MEMORY = 'micro_batch', 'batch_size', 'block_size', 'num_samples', 'steps'
+
+
+def is_out_of_memory(e):
+    """Whether this is how Python, or torch on some device, says that memory is used up."""
+    said = f'{type(e).__name__} {e}'.lower()
+    return any(words in said for words in ('memoryerror', 'out of memory', 'defaultcpuallocator',
+                                           'storage size calculation overflowed'))
+
+
+def end(message):
+    """Says what was wrong, in one line, and exits with code 2."""
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        time.sleep(3)  # under torchrun a node's first process speaks for all, and its exit ends this one
+    print('error:', ' '.join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def discard_output():
+    """Keeps the interpreter from writing, once more, what standard output could not take."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

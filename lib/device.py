@@ -7,17 +7,29 @@ import shutil
 import torch
 
 from lib.configurator import UserError
+from lib.distributed import local_rank, rank_and_world
 
 
 def pick_device(name):
-    """'auto' | 'cpu' | 'cuda' | 'mps' -> torch.device; under torchrun each process takes its own GPU."""
-    name = name if name != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if not there.get(name):
-        found = ', '.join(k for k, v in there.items() if v)
-        raise UserError(f'there is no device {name!r} on this machine; it has: {found}')
-    if name == 'cuda':
-        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    """'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps' -> torch.device.
+
+    'cuda' is the first GPU; under torchrun each process takes its own. It is the current one from here on.
+    UserError if there is none.
+    """
+    gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    there = ['cpu', *['cuda'] * bool(gpus), *gpus, *['mps'] * torch.backends.mps.is_available()]
+    name = name if name != 'auto' else 'cuda' if gpus else 'cpu'
+    if name not in there:
+        raise UserError(f'there is no device {name!r} on this machine; it has: {", ".join(there)}')
+    rank, world = rank_and_world()
+    if name in gpus and world > 1:
+        raise UserError(f'--device={name} is one GPU for {world} processes; --device=cuda gives each its own')
+    if gpus and name != 'cpu':
+        mine = f'cuda:{local_rank()}' if name == 'cuda' else name
+        if mine not in gpus:
+            raise UserError(f'there is no {mine} for process {rank}, only {", ".join(gpus)}: start fewer')
+        torch.cuda.set_device(mine)
+        name = 'cuda'
     return torch.device(name)
 
 

@@ -10,10 +10,32 @@ import uuid
 import torch
 import torch.distributed as dist
 
+from lib.configurator import UserError
+
+
+def from_environment(name, default):
+    """-> the integer that torchrun has put there. UserError if somebody has put something else there."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f'{name}={text!r} in the environment is no number: start with torchrun, which sets '
+                        f'it, or unset {name}')
+    return int(text)
+
 
 def rank_and_world():
     """-> the number of this process, and how many there are: torchrun sets both."""
-    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, world = from_environment('RANK', 0), from_environment('WORLD_SIZE', 1)
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if world > 1 and (missing or rank >= world):
+        odd = f'no {" and no ".join(missing)}' if missing else f'RANK={rank}'
+        raise UserError(f'WORLD_SIZE={world} and {odd} in the environment: start with torchrun, which sets '
+                        'them all, or unset WORLD_SIZE')
+    return rank, world
+
+
+def local_rank():
+    """-> the number of this process on its machine."""
+    return from_environment('LOCAL_RANK', 0)
 
 
 def connect(device):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 
 from lib.configurator import UserError
 from lib.lock import lock
@@ -77,7 +78,10 @@ def append(path, *records):
     """
     lines = ''.join(map(json_line, records)).encode()
     try:
-        with open(path, 'ab', buffering=0) as f:
+        with open(path, 'ab+', buffering=0) as f:
+            if lines and f.tell():
+                f.seek(-1, os.SEEK_END)
+                lines = b'\n' * (f.read() != b'\n') + lines  # the last line was torn: begin a new one
             written = f.write(lines)  # in one call, so that a reader never sees half a line
             if written < len(lines):
                 f.truncate(f.tell() - written)
@@ -86,16 +90,32 @@ def append(path, *records):
         raise UserError(f'cannot write {path} ({e.strerror})') from e
 
 
-def read_lines(path):
-    """-> the JSON objects in a .jsonl file, [] if there is no file. A torn last line is left out."""
+def read_lines(path, numbers=(), texts=()):
+    """-> the JSON objects in a .jsonl file, [] if there is no file. A torn last line is left out.
+
+    UserError unless what they have under the names of numbers and texts is that, or null; NaN becomes null.
+    """
     if not os.path.exists(path):
         return []
-    with open(path, encoding='utf-8', errors='replace') as f:
-        lines = f.read().split('\n')
+    try:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            lines = f.read().split('\n')
+    except OSError as e:
+        raise UserError(f'cannot read {path} ({e.strerror})') from e
     records = []
-    for line in lines[:-1]:
+    for i, line in enumerate(lines[:-1]):
         try:
-            records.append(json.loads(line))
-        except ValueError as e:
-            raise UserError(f'{path} holds a line that is not JSON: {line[:40]!r}') from e
+            records.append(json.loads(line, parse_constant=lambda name: None))
+            wrong = [k for k in numbers if not is_number(records[-1].get(k, 0))]
+            wrong += [k for k in texts if not isinstance(records[-1].get(k, ''), str | None)]
+        except (ValueError, AttributeError, RecursionError) as e:
+            raise UserError(f'{path}, line {i + 1} is not a JSON object: {line[:40]!r}') from e
+        if wrong:
+            raise UserError(f'{path}, line {i + 1} is no result of ours: {wrong[0]} is '
+                            f'{str(records[-1][wrong[0]])[:40]!r}')
     return records
+
+
+def is_number(value):
+    """Also None, which stands for a number that is not finite; not an integer too large for a float."""
+    return value is None or isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

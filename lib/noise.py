@@ -22,6 +22,15 @@ def hash64(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
+def seed_of(*numbers):
+    """One seed for a generator of torch from several integers, by which every bit is mixed with every other:
+    the CPU's generator takes only 32 bits of a seed."""
+    seed = torch.zeros((), dtype=torch.int64)
+    for number in numbers:
+        seed = hash64(seed + number)
+    return seed.item()
+
+
 def unit(bits):
     """Random bits, int64 -> U(0, 1), float32, from their upper 23; never exactly 0 or 1."""
     return (((bits >> 41) & 0x7FFFFF) + 0.5) * 2.0**-23

@@ -21,10 +21,12 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib.configurator import Keys, UserError, configure, key, run
-from lib.files import read_lines
+from lib.files import is_number, read_lines, whole
 
 plt.switch_backend('Agg')  # files, no windows
 SECONDS = {'wall': 'seconds_per_sample', 'cpu': 'cpu_seconds_per_sample'}
@@ -85,11 +87,30 @@ def log_scale(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
+def literally(name):
+    """The name of a run, written so that matplotlib draws all of it.
+
+    \\uXXXX stands for what the font does not have; a $ begins no mathematics; and a space comes before a _,
+    which would keep the line out of the legend.
+    """
+    font = get_font(findfont(FontProperties()))
+    name = ''.join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in name)
+    return ' ' * name.startswith('_') + name.replace('$', r'\$')
+
+
+def check_ending(path):
+    """UserError unless a figure can have that name."""
+    if file_type(path) not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f'--save={path}: the name of a figure ends with .png, .pdf or .svg')
+
+
+def file_type(path):
+    return os.path.splitext(path)[1][1:].lower()
+
+
 def save(figure, path):
-    try:
-        figure.savefig(path, dpi=150, bbox_inches='tight')
-    except (OSError, ValueError) as e:  # ValueError: no format of that name
-        raise UserError(f'cannot write {path} ({getattr(e, "strerror", None) or e})') from e
+    with whole(path) as temp:
+        figure.savefig(temp, format=file_type(path), dpi=150, bbox_inches='tight')
     plt.close(figure)
 
 
@@ -104,15 +125,16 @@ def beside(name, kind):
 def log(folders, path, out):
     figure, ax = plt.subplots(figsize=(6, 4))
     for i, folder in enumerate(folders):
-        records = read_lines(os.path.join(folder, 'log.jsonl'))
-        train, val = ([(r['step'], r[name]) for r in records if r.get(name) is not None]
+        records = read_lines(os.path.join(folder, 'log.jsonl'), ('step', 'loss', 'val_loss'))
+        train, val = ([(r['step'], r[name]) for r in records if None not in (r.get(name), r.get('step'))]
                       for name in ('loss', 'val_loss'))
         if not train + val:
             raise UserError(f'{folder} holds no log.jsonl with losses; train.py writes it')
+        name = literally(folder)
         if train:
-            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, lw=0.7, label=f'{folder}, training objective')
+            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, lw=0.7, label=f'{name}, training objective')
         if val:
-            ax.plot(*zip(*val), color=f'C{i}', marker='.', label=f'{folder}, validation')
+            ax.plot(*zip(*val), color=f'C{i}', marker='.', label=f'{name}, validation')
             (step, loss), best = val[-1], min(loss for _, loss in val)
             print(f'{folder}: validation {loss:.4f} nats per token at step {step:,}, best {best:.4f}',
                   file=out)
@@ -124,6 +146,7 @@ def log(folders, path, out):
 # ------------------------------------------------------------------------------------------------------------
 # the frontier: what was measured
 
+TEXTS = 'model', 'strategy', 'sampler', 'dtype', 'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos'
 SETTINGS = ('step', 'strategy', 'latent', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p',
             'num_samples', 'batch_size', 'dtype', 'compile', 'device', 'teacher', 'teacher_weights',
             'gen_ppl_rule', 'eos')
@@ -132,12 +155,15 @@ FIRST_SAMPLERS = {'ancestral', 'euler_maruyama'}  # a method's default goes with
 
 def gen_ppls(name):
     """The results in a folder's eval.jsonl, or in a FILE.jsonl, that have a Gen PPL."""
-    if name.endswith('.jsonl'):
-        results, model = read_lines(name), {}
-    else:  # it may have been renamed since
-        results, model = read_lines(os.path.join(name, 'eval.jsonl')), {'model': os.path.normpath(name)}
+    path, model = name, {}
+    if not name.endswith('.jsonl'):  # it may have been renamed since
+        path, model = os.path.join(name, 'eval.jsonl'), {'model': os.path.normpath(name)}
     # older results do not mention `compile`
-    return [{'compile': False, **r, **model} for r in results if r.get('gen_ppl') is not None]
+    results = [{'compile': False, **r, **model} for r in read_lines(path, NUMBERS, TEXTS)
+               if r.get('gen_ppl') is not None]
+    if any(r.get(k) is None for r in results for k in ('model', 'gflops')):
+        raise UserError(f'{path} holds a Gen PPL without model or GFLOPs, which is no result of eval.py')
+    return results
 
 
 def measured(names):
@@ -202,18 +228,21 @@ TABLES = (('gflops', 'gen_ppl'),                                          # LADD
           ('gflops', 'diversity'), ('steps', 'gen_ppl'),
           ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),    # LADD tables 12, 9
           ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
+NUMBERS = {*(name for table in TABLES for name in table), *SETTINGS, 'seed'}.difference(TEXTS)
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'assets')
 
 
 def frontier_options(c):
     """FrontierConfig -> keyword arguments of frontier. UserError for what is not there."""
-    with open(os.path.join(ASSETS, 'paper_ladd.json')) as f:
+    with open(os.path.join(ASSETS, 'paper_ladd.json'), encoding='utf-8') as f:
         papers = json.load(f)
     source = papers.pop('source')
     if c.paper and c.paper not in papers:
         raise UserError(f'--paper={c.paper}: the tables that survive are {" and ".join(papers)}')
     try:
         costs = [float(g) for g in c.gflops.split(',')] if c.gflops else None
+        if costs and not all(0 < g < np.inf for g in costs):
+            raise ValueError
     except ValueError as e:
         raise UserError(f'--gflops wants numbers, as in --gflops=50,100,200; not {c.gflops!r}') from e
     paper = {'source': source, **papers[c.paper]} if c.paper else None
@@ -245,7 +274,7 @@ def frontier(results, path, out, paper=None, costs=None, seconds='seconds_per_sa
             return [values_at(runs, 'gflops', g, name) for g in costs]
         for (top, bottom), axis in zip(axes.T, ('gflops', seconds)):
             x, color = [mean_and_deviation(v)[0] for v in at(axis)], f'C{i}'
-            curve(top, x, at('gen_ppl'), fmt='.-', color=color, label=label)
+            curve(top, x, at('gen_ppl'), fmt='.-', color=color, label=literally(label))
             curve(bottom, x, at('entropy_sample'), fmt='.-', color=color, label='' if i else 'per sample')
             curve(bottom, x, at('entropy_position'), fmt='.:', color=color, label='' if i else 'per position')
     axes[0, 0].set(ylabel='Gen PPL')
@@ -280,15 +309,23 @@ def add_paper(paper, axes, out):
 # ------------------------------------------------------------------------------------------------------------
 # Gen PPL on the way from one text to another: LDLM figure 3
 
+def is_numbers(values):
+    return isinstance(values, list) and all(map(is_number, values))
+
+
 def smoothness(folders, path, out):
     figure, ax = plt.subplots(figsize=(5, 3.5))
     for folder in folders:
-        found = [r for r in read_lines(os.path.join(folder, 'eval.jsonl')) if r.get('gen_ppl_path')]
+        path_of_results = os.path.join(folder, 'eval.jsonl')
+        found = [r for r in read_lines(path_of_results, ['smoothness']) if r.get('gen_ppl_path')]
         if not found:
             raise UserError(f'{folder} holds no smoothness yet: '
                             f'python eval.py --out_dir={folder} --metrics=smoothness')
-        ax.plot(found[-1]['points'], found[-1]['gen_ppl_path'], marker='.', label=folder)
-        print(f'{folder}: {found[-1]["smoothness"]:.3f}', file=out)
+        points, values = found[-1].get('points'), found[-1]['gen_ppl_path']
+        if not (is_numbers(points) and is_numbers(values) and len(points) == len(values)):
+            raise UserError(f'{path_of_results} holds a smoothness that is no result of eval.py')
+        ax.plot(np.array(points, float), np.array(values, float), marker='.', label=literally(folder))
+        print(f'{folder}: {float(np.array(found[-1].get("smoothness"), float)):.3f}', file=out)
     ax.set(xlabel='weight of the second latent', ylabel='Gen PPL')
     log_scale(ax.yaxis)
     ax.legend()
@@ -302,6 +339,7 @@ def main(argv):
     flags, Keys = [a for a in argv if a.startswith('-')], FrontierConfig if kind == 'frontier' else Config
     c = SimpleNamespace(**configure(Keys, flags))
     path = c.save or beside(names[0], kind)
+    check_ending(path)
     if kind == 'frontier':
         frontier(measured(names), path, sys.stdout, **frontier_options(c))
     else:

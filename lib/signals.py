@@ -1,6 +1,7 @@
 """
 Ways in which the world interrupts a program: signals, and terminals or pipes that close.
 """
+import io
 import os
 import signal
 import sys
@@ -57,6 +58,27 @@ class Unbreakable:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except (OSError, ValueError):  # it has no file
             self.stream = open(os.devnull, 'w')
+
+
+@contextmanager
+def text_streams():
+    """A context in which standard output and error take any text, and in which both are there.
+
+    A file or a pipe gets UTF-8; a terminal gets its own encoding, with \\uXXXX for what that cannot show.
+    Python has None for a stream that was closed before it started. What goes wrong on standard error ends
+    nothing.
+    """
+    old = sys.stdout, sys.stderr
+    out, err = (stream or open(os.devnull, 'w') for stream in old)
+    for stream in out, err:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else 'utf-8',
+                               errors='backslashreplace')
+    sys.stdout, sys.stderr = out, Unbreakable(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = old
 
 
 @contextmanager

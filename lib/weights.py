@@ -87,6 +87,19 @@ def check_fits(checkpoint, config, method, out_dir):
                     for values in (old, config))
         raise UserError(f'{out_dir} holds a run with {was}, not {now}; continue with that, '
                         'start over with --init_from=scratch, or give another --out_dir')
+    if not can_continue(checkpoint, method):
+        raise UserError(f'{out_dir}/ckpt.pt is damaged: its averages or its optimizer\'s states do not fit '
+                        'its weights; start over with --init_from=scratch, or give another --out_dir')
+
+
+def can_continue(checkpoint, method):
+    """Whether each weight has its average, and each state of the optimizer is AdamW's or Muon's."""
+    shapes = {name: p.shape for name, p in method.named_parameters()}
+    kinds = {'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'}
+    return {name: v.shape for name, v in checkpoint['ema'].items()} == shapes and all(
+        name in shapes and state.keys() in kinds
+        and all(v.shape == (() if k == 'step' else shapes[name]) for k, v in state.items())
+        for name, state in checkpoint['optimizer'].items())
 
 
 def averaged(out_dir):

@@ -169,14 +169,14 @@ def paths(folder):
     return [os.path.join(d, f) for d, _, fs in os.walk(folder) for f in fs]
 
 
-def fails(script, monkeypatch, capsys, *argv):
+def fails(script, monkeypatch, capsys, *argv, keys=None):
     """The one line that a mistake ends with; exit code 2, nothing on stdout, no file made or changed."""
     def state():
         return {path: os.stat(path).st_mtime_ns for path in paths('.')}
     before = state()
     monkeypatch.setattr(sys, 'argv', [script.__name__ + '.py', *argv])
     with pytest.raises(SystemExit) as e:
-        run(script.main)
+        run(script.main, keys)
     out, err = capsys.readouterr()
     assert e.value.code == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1
     assert state() == before

@@ -24,6 +24,7 @@ from helpers import (
     TWO_STAGES,
     at_step,
     disk_full,
+    fails,
     files,
     go,
     losses,
@@ -330,6 +331,25 @@ def test_a_checkpoint_of_somebody_else(changes):
     assert files() == before
 
 
+@pytest.mark.parametrize('damage', [
+    lambda c: c.update(optimizer=3), lambda c: c.update(tokens='many'), lambda c: c.update(step=-1),
+    lambda c: c.update(model=dict.fromkeys(c['model'], 1.0)), lambda c: c['ema'].popitem(),
+    lambda c: c['ema'].update({'head.weight': torch.zeros(2)}), lambda c: c['ema'].update(x=torch.zeros(2)),
+    lambda c: c['optimizer'].update({'head.weight': 3}), lambda c: c['optimizer'].update(x={}),
+    lambda c: c['optimizer']['head.weight'].pop('exp_avg'), lambda c: c['config'].pop('block_size'),
+    lambda c: c['optimizer']['head.weight'].update(exp_avg=torch.zeros(3)),
+    lambda c: c['optimizer']['head.weight'].update(step=torch.zeros(3))])
+def test_a_damaged_state_of_training(damage):
+    """Found before the first step, and nothing is written."""
+    go('a', '--max_iters=2')
+    saved = checkpoint.load('a/ckpt.pt')
+    damage(saved)
+    torch.save(saved, 'a/ckpt.pt')
+    before = files()
+    line = complaint(go, 'a', '--max_iters=4')
+    assert 'a/ckpt.pt is' in line and '--init_from=scratch' in line and files() == before
+
+
 ODD = [None, True, -1, 0, 3, 2**40, 10**30, 1.5, float('nan'), '', 'x', 'gpt3', '../..', '/', '\0', 'é\ud800',
        'char', 'huggingface', 'y' * 5000, [], [1], ['char'], {}, {'kind': 'char'},
        {'kind': 'huggingface', 'name': '../../x'}, {'kind': 'char', 'chars': 'ab', 'eos': False}]
@@ -556,6 +576,14 @@ def test_prompts_on_the_command_line():
         argv = [f'--out_dir=out/{rng.choice(names)}', '--device=cpu', '--num_samples=2', '--steps=2']
         refused += complaint(sample.main, [*argv, f'--start={start}']) is not None
     assert 0 < refused < 40
+
+
+def test_memory_that_there_is_not(monkeypatch, capsys):
+    make('mdlm', 'out/m')
+    line = fails(sample, monkeypatch, capsys, '--out_dir=out/m', '--device=cpu', '--num_samples=1e14',
+                 '--batch_size=1e14', keys=sample.Config)
+    assert line == ('error: out of memory; less of it is needed with a smaller --batch_size, --num_samples, '
+                    '--steps\n')
 
 
 def test_what_a_killed_writer_left_is_no_part_of_the_next_file():

@@ -14,6 +14,7 @@ import train
 from lib import checkpoint
 from lib.configurator import UserError, configure
 from lib.device import compile_in_place, pick_device
+from lib.distributed import rank_and_world
 from lib.files import append, read_lines, whole
 from mdlm import MDLM
 from methods import METHODS, build, open_run
@@ -131,7 +132,7 @@ def test_format_1_is_converted_on_load(tmp_path):
                 'z_mask', 'head.bias', 'norm.weight', 'scale']
     states = {i: {'step': torch.tensor(7.0), 'exp_avg': ema[name] * 10} for i, name in enumerate(numbered)}
     del states[1]  # a weight that has never had a gradient has no state
-    old = {'format': 1, 'config': {'method': 'ladd'}, 'model': {**ema, **buffers}, 'ema': ema,
+    old = {'format': 1, 'config': {**CONFIG, 'method': 'ladd'}, 'model': {**ema, **buffers}, 'ema': ema,
            'optimizer': states, 'step': 7, 'tokens': 99}
     torch.save(old, tmp_path / 'ckpt.pt')
 
@@ -286,8 +287,31 @@ def test_lines_are_read_without_a_torn_one(tmp_path):
     assert read_lines(path) == [{'a': 1}, {'a': 2}]
     with open(path, 'a') as f:
         f.write('\n')
-    with pytest.raises(UserError, match='a.jsonl holds a line that is not JSON'):
+    with pytest.raises(UserError, match='a.jsonl, line 3 is not a JSON object'):
         read_lines(path)
+
+
+@pytest.mark.parametrize('line, words', [
+    ('[1]', 'line 2 is not a JSON object'), ('null', 'not a JSON object'), ('"a"', 'not a JSON object'),
+    ('[' * 100_000, 'not a JSON object'), ('{"a": "1"}', "no result of ours: a is '1'"),
+    ('{"a": [1]}', 'a is'), ('{"a": 1' + '0' * 400 + '}', 'a is'), ('{"a": 1e999}', 'a is'),
+    ('{"b": 1}', 'b is'), ('{"b": {}}', 'b is')])
+def test_lines_of_somebody_else(line, words, tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"a": NaN, "b": null, "c": []}\n' + line + '\n')
+    with pytest.raises(UserError, match=words):
+        read_lines(str(path), ['a'], ['b'])
+    path.write_text('{"a": NaN, "b": null, "c": []}\n')
+    assert read_lines(str(path), ['a'], ['b']) == [{'a': None, 'b': None, 'c': []}]
+
+
+def test_what_follows_a_torn_line_is_not_lost(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"a": 1}\n{"a": 2')
+    append(str(path))
+    assert path.read_text() == '{"a": 1}\n{"a": 2'
+    append(str(path), {'a': 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 2\n{"a": 3}\n'
 
 
 def test_a_log_is_cut_to_the_checkpoint(tmp_path):
@@ -329,6 +353,48 @@ def test_a_device_that_is_not_there():
     assert pick_device('cpu') == torch.device('cpu')
     with pytest.raises(UserError, match="there is no device 'tpu' on this machine; it has: cpu"):
         pick_device('tpu')
+    with pytest.raises(UserError, match='no device .cuda:64'):
+        pick_device('cuda:64')
+
+
+def test_one_gpu_of_several(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    for name in 'cuda:1', 'cuda', 'auto', 'cpu':
+        assert pick_device(name).type == ('cpu' if name == 'cpu' else 'cuda')
+    assert chosen == ['cuda:1', 'cuda:0', 'cuda:0']
+    with pytest.raises(UserError, match="no device 'cuda:2' .*; it has: cpu, cuda, cuda:0, cuda:1"):
+        pick_device('cuda:2')
+    torchrun = dict(WORLD_SIZE='3', RANK='2', LOCAL_RANK='1', MASTER_ADDR='x', MASTER_PORT='1')
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert pick_device('cuda').type == 'cuda' and chosen[-1] == 'cuda:1'
+    with pytest.raises(UserError, match='cuda:1 is one GPU for 3 processes'):
+        pick_device('cuda:1')
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(UserError, match='no cuda:2 for process 2, only cuda:0, cuda:1'):
+        pick_device('cuda')
+
+
+@pytest.mark.parametrize('given, words', [
+    (dict(RANK=''), "RANK='' in the environment is no number"), (dict(WORLD_SIZE='two'), 'WORLD_SIZE=.two'),
+    (dict(WORLD_SIZE='2'), 'WORLD_SIZE=2 and no RANK and no MASTER_ADDR'),
+    (dict(WORLD_SIZE='2', RANK='2', MASTER_ADDR='x', MASTER_PORT='1'), 'WORLD_SIZE=2 and RANK=2')])
+def test_half_a_torchrun(given, words, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        rank_and_world()
+
+
+def test_a_checkpoint_is_named_by_its_folder(tmp_path):
+    checkpoint.save(str(tmp_path / 'ckpt.pt'), make())
+    path = str(tmp_path / 'ckpt.pt')
+    assert checkpoint.is_run(path)
+    with pytest.raises(UserError, match=f'named by its folder, {tmp_path}$'):
+        open_run(path, 'cpu')
 
 
 def test_compile_without_a_compiler(monkeypatch, capsys):

@@ -103,6 +103,24 @@ def test_integers(text, value):
     assert c['steps'] == value and type(c['steps']) is int
 
 
+def test_a_leading_tilde_is_home(tmp_path, monkeypatch):
+    @dataclass
+    class Prompted(Script):
+        start: str = key('', prose=True)
+
+    monkeypatch.setenv('HOME', '/home/me')
+    path = write(tmp_path, 'out_dir = "~/a"')
+    assert configure(Prompted, [path, '--name=~/b', '--start=~/c'])['out_dir'] == '/home/me/a'
+    c = configure(Prompted, [path, '--name=~/b', '--start=~/c'])
+    assert (c['name'], c['start']) == ('/home/me/b', '~/c')
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / 'run.py'
+    path.write_text('steps = 3\n', encoding='utf-8-sig')
+    assert configure(Script, [str(path)], METHODS)['steps'] == 3
+
+
 def test_strings_need_no_quotes():
     assert configure(Script, ['--name=1984'], METHODS)['name'] == '1984'
     assert configure(Script, ['--name=a=b, "c"'], METHODS)['name'] == 'a=b, "c"'
@@ -375,3 +393,48 @@ def test_how_a_script_ends(tmp_path):
     assert other.communicate() == (None, 'error: no such thing\n') and other.returncode == 2
     assert end('stop') == (130, '')
     assert end('pipe', '| head -n 1') == (0, '')
+
+
+SCRIPT = """
+from dataclasses import dataclass
+from types import SimpleNamespace
+from lib.configurator import Keys, configure, run
+
+@dataclass
+class Config(Keys):
+    start: str = ''
+    batch_size: int = 1
+
+def main(argv):
+    c = SimpleNamespace(**configure(Config, argv))
+    if c.start == 'memory':
+        bytearray(2**60)
+    if c.start == 'disk':
+        open('nowhere/x')
+    print(c.start, '\u2588')
+run(main, Config)
+"""
+
+
+@pytest.mark.parametrize('arg, tail, env, result', [
+    # files and pipes are UTF-8, whatever the locale or Windows' code page
+    ('é', '| cat', dict(PYTHONIOENCODING='cp1252'), (0, 'é █\n', '')),
+    ('é', '| cat', dict(PYTHONIOENCODING='ascii'), (0, 'é █\n', '')),
+    ('é', '| cat', dict(LC_ALL='C'), (0, 'é █\n', '')),
+    ('é', '', dict(LC_ALL='C', PYTHONUTF8='0'), (2, '', 'error: an argument is not UTF-8, because Python '
+                                                 'takes this locale for ascii: set PYTHONUTF8=1\n')),
+    ('x', '>&-', {}, (0, '', '')), ('x', '2>&-', {}, (0, 'x █\n', '')), ('x', '>&- 2>&-', {}, (0, '', '')),
+    ('x', '<&- >&- 2>&-', {}, (0, '', '')),
+    ('x', '>/dev/full', {}, (2, '', 'error: cannot read or write: [Errno 28] No space left on device\n')),
+    ('disk', '2>/dev/full', {}, (2, '', '')),
+    ('disk', '', {}, (2, '', 'error: cannot read or write: [Errno 2] No such file or directory: '
+                      "'nowhere/x'\n")),
+    ('memory', '', {}, (2, '', 'error: out of memory; less of it is needed with a smaller --batch_size\n'))])
+def test_what_the_machine_refuses(arg, tail, env, result, tmp_path):
+    """A character set, an output that is closed or full, memory: never a traceback."""
+    script = write(tmp_path, SCRIPT)
+    root = os.path.dirname(os.path.dirname(configurator.__file__))
+    r = subprocess.run(['bash', '-c', f'set -o pipefail; {sys.executable} {script} --start={arg} {tail}'],
+                       capture_output=True, cwd=tmp_path,
+                       env={'PYTHONPATH': root, 'PATH': '/usr/bin:/bin', **env})
+    assert (r.returncode, r.stdout.decode(), r.stderr.decode()) == result

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CHARS, TINY, L, fails, generator, make
+from matplotlib.cbook import is_math_text
 
 import eval as evaluation
 import lib.prepare
@@ -22,6 +23,7 @@ import methods
 import sample
 from lib import checkpoint, plot
 from lib.configurator import UserError, defaults_of
+from lib.files import append
 from lib.method import Method
 from lib.noise import Noise
 from lib.tokens import Char
@@ -451,6 +453,40 @@ def test_mauve(tmp_path, monkeypatch, capsys):
     assert 'pip install mauve-text' in fails(evaluation, monkeypatch, capsys, *argv)
 
 
+def test_a_run_of_somebody_else(capsys, monkeypatch):
+    """Its folder cannot be written: results are printed, and a frontier is drawn elsewhere."""
+    make('mdlm', 'out/m')
+    make('ar', 'out/a')
+    monkeypatch.setattr(evaluation, 'append', lambda path, *records: append(
+        path.replace('out/m/eval.jsonl', '/proc/nowhere/x'), *records))
+    evaluation.main(['--out_dir=out/m', '--metrics=entropy', '--steps=2', *ARGS])
+    out, err = capsys.readouterr()
+    assert len(lines(out)) == 1 and 'results are printed, but not kept' in err
+    evaluation.main(['out/m', '--steps=1,2', '--teacher=out/a', '--save=f.png', *ARGS])
+    out = capsys.readouterr().out
+    assert len(lines(out)) == 2 and '[1] out/m\n' in out and os.listdir('out/m') == ['ckpt.pt']
+
+
+def test_a_result_is_kept_before_it_is_printed(monkeypatch):
+    """As in `python eval.py ... | head -1`."""
+    make('mdlm', 'out/m')
+
+    def broken(*args, **kwargs):
+        raise BrokenPipeError
+    monkeypatch.setattr(evaluation, 'print', broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluation.main(['--out_dir=out/m', '--metrics=entropy', '--steps=2', *ARGS])
+    assert len(lines(open('out/m/eval.jsonl').read())) == 1
+
+
+def test_no_diversity_of_texts_without_4_grams(capsys):
+    make('mdlm', 'out/m', block_size=3)
+    make('ar', 'out/a')
+    evaluation.main(['--out_dir=out/m', '--metrics=diversity', '--steps=2', *ARGS])
+    assert lines(capsys.readouterr().out)[0]['diversity'] is None
+    evaluation.main(['out/m', '--steps=1', '--teacher=out/a', *ARGS])
+
+
 def test_swd_is_sawtooths(capsys):
     make('mdlm', 'out/s', dataset='sawtooth', vocab_size=2, block_size=128)
     evaluation.main(['--out_dir=out/s', '--metrics=swd,val_ppl', '--val_seqs=8', '--steps=1', *ARGS])
@@ -699,6 +735,10 @@ def test_controls_are_curves_of_a_frontier(tmp_path, monkeypatch, capsys):
     (['out/m', '--time=late'], 'wall, cpu'),
     (['out/m', '--gflops=few'], '--gflops wants'),
     (['out/m', '--results=x'], '.jsonl'),
+    (['out/m', '--save=x'], '.png, .pdf or .svg'),
+    (['out/m', '--save=x.doc'], '.png, .pdf or .svg'),
+    (['out/m', '--gflops=0,1'], '--gflops wants'),
+    (['out/m', '--steps=1,9999999'], 'at most 1000000'),
     (['none.jsonl', '--teacher=out/a'], 'none.jsonl holds no Gen PPL'),
     (['out/m', '--num_samples=0'], 'at least 1'),
     (['out/m', '--metrics=val_ppl'], '--out_dir=out/m'),
@@ -708,6 +748,56 @@ def test_mistakes_at_the_frontier(argv, match, monkeypatch, capsys):
     make('ar', 'out/a')
     argv = [*argv, '--device=cpu', *['--teacher=out/a'] * ('--teacher=out/m' not in argv)]
     assert match in fails(evaluation, monkeypatch, capsys, *argv)
+
+
+@pytest.mark.parametrize('record', [
+    [1], {'gen_ppl': 'high'}, {'gen_ppl': 3.0}, {'gen_ppl': 3.0, 'gflops': 1}, {'gen_ppl': [3.0]},
+    {'gflops': [1]}, {'steps': '1'}, {'model': 3}, {'sampler': ['x']}, {'teacher': {}}, {'seed': {}},
+    {'temperature': 'hot'}, {'diversity': 'much'}, {'compile': 'no'}])
+@pytest.mark.parametrize('kind', ['frontier', 'log', 'smoothness'])
+def test_lines_of_somebody_else(record, kind):
+    """What is JSON, but no result of ours: one line about it."""
+    os.mkdir('a')
+    good = {'model': 'a', 'gen_ppl': 3.0, 'gflops': 1, 'step': 1, 'loss': 'low', 'smoothness': 'low'}
+    record = {**good, **record} if isinstance(record, dict) and 'gen_ppl' not in record else record
+    for name in 'eval', 'log':
+        open(f'a/{name}.jsonl', 'w').write(json.dumps(record) + '\n')
+    name = 'a/eval.jsonl' if kind == 'frontier' else 'a'
+    with pytest.raises(UserError):
+        plot.main([kind, name])
+    assert len(os.listdir('a')) == 2
+    plot.plt.close('all')
+
+
+@pytest.mark.parametrize('points, path', [(None, [1.0]), ([0.0], 'x'), ([0.0], [1.0, 2.0]), ([[0.0]], [1.0])])
+def test_a_smoothness_of_somebody_else(points, path):
+    os.mkdir('a')
+    open('a/eval.jsonl', 'w').write(json.dumps({'points': points, 'gen_ppl_path': path}) + '\n')
+    with pytest.raises(UserError, match='no result of eval.py'):
+        plot.main(['smoothness', 'a'])
+
+
+def test_smoothness_that_is_not_a_number(capsys):
+    os.mkdir('a')
+    open('a/eval.jsonl', 'w').write('{"points": [0, 1], "gen_ppl_path": [null, 2.0], "smoothness": null}\n')
+    plot.main(['smoothness', 'a'])
+    assert 'a: nan' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name, drawn', [
+    ('out/a', 'out/a'), ('_a', ' _a'), ('a$x^2$', r'a\$x^2\$'), ('\u4e2d\n', r'\u4e2d\n'),
+    ('\udcff', r'\udcff'), ('é', 'é')])
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_names_are_drawn_as_they_are(name, drawn):
+    assert plot.literally(name) == drawn
+    os.makedirs(name, exist_ok=True)
+    open(f'{name}/log.jsonl', 'w').write('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    plot.main(['log', name, '--save=f.png'])
+    figure, ax = plot.plt.subplots()
+    ax.plot([1], [2], label=plot.literally(name))
+    text, = ax.legend().get_texts()
+    assert text.get_text() == drawn and not is_math_text(drawn)
+    plot.plt.close(figure)
 
 
 def test_loss_curves(monkeypatch, capsys):
@@ -729,7 +819,8 @@ def test_loss_curves(monkeypatch, capsys):
     (['log', 'a'], 'no log.jsonl'), (['frontier', 'a'], 'no Gen PPL yet'),
     (['smoothness', 'a'], 'no smoothness yet'), (['log', 'a', '--sav=x'], 'did you mean save'),
     (['log', 'a', '--paper=lm1b'], 'unknown key paper'),
-    (['log', 'b', '--save=no/where.png'], 'cannot write'), (['log', 'b', '--save=x.doc'], 'cannot write'),
+    (['log', 'b', '--save=b/log.jsonl/x.png'], 'cannot write'),
+    (['log', 'b', '--save=x.doc'], '.png, .pdf or'), (['log', 'b', '--save=x'], '.png, .pdf or'),
 ])
 def test_mistakes_in_plotting(argv, match, monkeypatch, capsys):
     os.makedirs('b')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import chi_square
 
-from lib.noise import Noise
+from lib.noise import Noise, seed_of
 
 
 def batch(seed=0, step=0, total=2**16):
@@ -130,3 +130,14 @@ def test_permutation_is_uniform():
     codes = (orders * torch.tensor([64, 16, 4, 1])).sum(dim=1)
     counts = codes.unique(return_counts=True)[1]
     assert len(counts) == 24 and chi_square(counts, torch.ones(24)) < 4.5
+
+
+def test_seeds_differ_in_the_32_bits_that_a_cpu_takes():
+    """2,000 of 2^32 values: the chance of a single pair of equal ones is 1 in 2,000."""
+    numbers = [(0, step, 0) for step in range(0, 2**16 * 1000, 2**16)]
+    numbers += [(seed, 7, rank) for seed in (0, 1, 2**62, -1) for rank in range(125)]
+    numbers += [(1 << bit, 0, 0) for bit in range(1, 63)]
+    seeds = [seed_of(*n) for n in numbers]
+    assert len({s % 2**32 for s in seeds}) == len(numbers)
+    for bit in range(32):
+        assert abs(sum(s >> bit & 1 for s in seeds) - len(seeds) / 2) < 4.5 * len(seeds)**0.5 / 2

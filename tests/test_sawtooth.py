@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shutil
 from math import log
 
 import numpy as np
@@ -19,6 +20,7 @@ import sawtooth
 import train
 from ladd import LADD, code_step, joint
 from lib.configurator import UserError
+from lib.files import append
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
 from sawtooth import Exact, Sawtooth, bias, gap_to_exact, swd
 
@@ -351,8 +353,30 @@ def test_runs_without_such_tables(tmp_path, monkeypatch, capsys):
     assert 'nats per token (LADD' not in capsys.readouterr().out
     train.main(['--method=mdlm', '--out_dir=out/m', *TINY])
     before = sorted(os.listdir('out/m'))
+    shutil.copy(os.path.join(os.path.dirname(sawtooth.__file__), 'assets', 'arxiv.jsonl'), 'arxiv.jsonl')
     for bad in ([], ['out/none'], ['out/m', '--steps=one'], ['out/m', '--num_samples=0'], ['gone.jsonl'],
-                ['out/ar']):
+                ['out/ar'], ['arxiv.jsonl']):
         with pytest.raises(UserError):
             sawtooth.main(bad)
     assert sorted(os.listdir('out/m')) == before and sorted(os.listdir('out')) == ['ar', 'm']
+
+
+GOOD = dict(name='Di-LADD', out_dir='out/a', weights='x', strategy='seq', steps=1, n=256, swd=0.1)
+
+
+@pytest.mark.parametrize('changes', [
+    {'name': 'AR'}, {'name': None}, {'strategy': None}, {'strategy': 'both'}, {'swd': 'low'}, {'swd': None},
+    {'steps': [1]}, {'n': None}, {'weights': None}, {'weights': []}, {'out_dir': 3},
+    {'name': 'MDLM'}, {'swd': None, 'kl': 0.1, 'visible': 'data'}, {'name': ['Di-LADD']}])
+def test_results_of_somebody_else(changes, tmp_path):
+    path = str(tmp_path / 'a.jsonl')
+    append(path, GOOD)
+    assert sawtooth.read_results(path, 256) == [GOOD] and sawtooth.read_results(path, 128) == []
+    append(path, {k: v for k, v in {**GOOD, **changes}.items() if v is not None})
+    with pytest.raises(UserError, match='line 2 is no result of '):
+        sawtooth.read_results(path, 256)
+
+
+def test_the_results_in_assets_are_ours():
+    path = os.path.join(os.path.dirname(sawtooth.__file__), 'assets', 'sawtooth.jsonl')
+    assert len(sawtooth.read_results(path, 20480)) == 83

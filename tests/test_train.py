@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
+    TINY,
     TINY_RUN,
     TOY_METHODS,
     TWO_STAGES,
@@ -27,7 +29,7 @@ import lib.log
 import mdlm
 import train
 from lib import checkpoint
-from lib.configurator import UserError
+from lib.configurator import UserError, defaults_of
 from lib.signals import heed_signals
 from methods import METHODS, build
 
@@ -333,8 +335,21 @@ def test_mistakes(arg, words, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_dropout_is_another_in_every_step(monkeypatch):
+    """A CPU's generator takes 32 bits of its seed, which steps 65,536 apart once shared."""
+    method, drawn = build({**TINY, 'method': 'mdlm'}), []
+    config = {**defaults_of(train.Config), 'batch_size': 1, 'dtype': 'float32'}
+    trainer = train.Trainer(method, SimpleNamespace(**config), torch.device('cpu'))
+    at_step(monkeypatch, mdlm.MDLM, 0, lambda: drawn.append(torch.rand(8)))
+    at_step(monkeypatch, mdlm.MDLM, 2**16, lambda: drawn.append(torch.rand(8)))
+    for step in 0, 2**16, 0:
+        trainer.step(step, [torch.zeros(1, TINY['block_size'], dtype=torch.int64)], None)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
 def test_batch_must_divide_among_the_processes(monkeypatch, tmp_path):
-    monkeypatch.setenv('WORLD_SIZE', '3')
+    for name, value in dict(WORLD_SIZE='3', RANK='0', MASTER_ADDR='localhost', MASTER_PORT='1').items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match='does not divide among 3 processes; 6 would'):
         go('a')
     assert os.listdir(tmp_path) == []
