@@ -146,7 +146,8 @@ def log(folders, path, out):
 # ------------------------------------------------------------------------------------------------------------
 # the frontier: what was measured
 
-TEXTS = 'model', 'strategy', 'latent', 'sampler', 'dtype', 'device', 'teacher', 'teacher_weights', 'gen_ppl_rule', 'eos'
+TEXTS = ('model', 'strategy', 'latent', 'sampler', 'dtype', 'device', 'teacher', 'teacher_weights',
+         'gen_ppl_rule', 'eos')
 SETTINGS = ('step', 'strategy', 'latent', 'latent_steps', 'sampler', 'eta', 'temperature', 'top_p',
             'num_samples', 'batch_size', 'dtype', 'compile', 'device', 'teacher', 'teacher_weights',
             'gen_ppl_rule', 'eos')
