@@ -104,7 +104,6 @@ class Config(Shared):
     latent_steps: str = '8'        # of --strategy=seq: denoiser calls for the latent, with commas
     num_samples: int = key(64, at_least=1)
     teacher: str = 'gpt2-large'    # a causal model of the Hugging Face hub, its folder, or out/NAME of our AR
-    encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
     plot: bool = False             # draw out/NAME/frontier.png from all of eval.jsonl
 
 

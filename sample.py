@@ -59,6 +59,7 @@ class Shared(Machine):
     # controls: none, the same network without its latent (--strategy=seq) | data, the latents of validation
     # texts (--strategy=seq; of LDLM it is their reconstruction)
     latent: str = key('generated', choices=LATENTS)
+    encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
     sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | remdm
     eta: float = 1.0               # of --sampler=remdm: how much is masked again
     temperature: float = 1.0
@@ -313,8 +314,10 @@ def main(argv):
     if c.show:
         options['callback'] = show(tok.decode, method.mask_id, sys.stdout)
     z_0 = None
+    if c.encoder and options.get('latent') != 'data':
+        raise UserError('--encoder has no effect: only --latent=data reads texts')
     if options.get('latent') == 'data':
-        attach(method, config, tok, device)
+        attach(method, config, tok, device, c.encoder)
         z_0 = latents_of_texts(method, *open_texts('', config, tok, device), c.num_samples, c.batch_size)
     with whole(c.save) if c.save else nullcontext() as temp:
         with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
