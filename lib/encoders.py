@@ -47,10 +47,11 @@ def hub_model(auto, name, device, role, part=lambda model, random: model):
 
 def reading_part(model, random):
     """What reads a text: of an encoder-decoder such as T5 the encoder; and no pooler, if it is untrained."""
-    if hasattr(model, 'encoder') and hasattr(model, 'decoder'):
-        model = model.encoder
-    if getattr(model, 'pooler', None) and any(id(p) in random for p in model.pooler.parameters()):
-        model.pooler = None  # it works on the states, which do not change
+    parts = dict(model.named_children())
+    if {'encoder', 'decoder'} <= parts.keys():
+        return model.encoder
+    if 'pooler' in parts and any(id(p) in random for p in model.pooler.parameters()):
+        model.pooler = None  # it only reads the states
     return model
 
 
@@ -63,9 +64,8 @@ def context(model):
     limits = [said if said and said > 0 else math.inf]  # XLNet says -1, T5 and BLOOM nothing
     for name, table in model.named_modules():
         if isinstance(table, torch.nn.Embedding) and name.split('.')[-1] in POSITIONS:
-            # RoBERTa and MPNet begin behind the row for padding, and count the rows before it
-            start = getattr(table, 'offset', 0 if table.padding_idx is None else table.padding_idx + 1)
-            limits.append(table.num_embeddings - start)
+            # RoBERTa and MPNet begin behind the row for padding, and their config counts all rows
+            limits.append(table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
     return min(limits)
 
 

@@ -88,12 +88,12 @@ class HuggingFace(Tokenizer):
 
     @classmethod
     def named(cls, name):
-        """By hub id or folder; Qwen's vocab.json and merges.txt are enough. A folder's spec holds the whole
-        tokenizer, so that data and checkpoints can be read on another machine."""
-        is_folder = os.path.isdir(name)
-        if os.path.isabs(name) and not is_folder:
+        """By hub id or folder; Qwen's vocab.json and merges.txt are enough."""
+        if os.path.isdir(name):
+            name = os.path.abspath(name)
+        elif os.path.isabs(name):
             raise ValueError('there is no such folder here; copy the tokenizer there')
-        if not is_folder:
+        else:
             cache_only_if_offline()
         import transformers
         bpe, others = ('vocab.json', 'merges.txt'), ('tokenizer.json', 'tokenizer_config.json')
@@ -101,14 +101,17 @@ class HuggingFace(Tokenizer):
             tok = transformers.Qwen2TokenizerFast(vocab=f'{name}/{bpe[0]}', merges=f'{name}/{bpe[1]}')
         else:  # trust_remote_code=False, because by default it asks whether to run the repository's code
             tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if is_folder and tok.is_fast:
-            return cls(tok, {'kind': 'tokenizer.json', 'json': tok.backend_tokenizer.to_str(),
-                             'eos': tok.eos_token or tok.sep_token, 'bos': tok.bos_token or tok.cls_token})
-        return cls(tok, {'kind': 'huggingface', 'name': os.path.abspath(name) if is_folder else name})
+        return cls(tok, {'kind': 'huggingface', 'name': name})
+
+    def whole_spec(self):
+        """A spec that holds the tokenizer itself, for machines that have no such folder."""
+        return {'kind': 'tokenizer.json', 'json': self.tok.backend_tokenizer.to_str(),
+                'eos': self.tok.eos_token or self.tok.sep_token,
+                'bos': self.tok.bos_token or self.tok.cls_token}
 
     @classmethod
     def stored(cls, spec):
-        """From the spec of one in a folder."""
+        """From its whole_spec."""
         import tokenizers
         import transformers
         try:
@@ -137,7 +140,10 @@ def named_tokenizer(name):
     if os.path.exists(os.path.join(name, 'meta.json')):
         meta = read_meta(name)
         return load_tokenizer(meta['tokenizer'], meta['vocab_size'])
-    return load_tokenizer({'kind': 'gpt2'} if name == 'gpt2' else {'kind': 'huggingface', 'name': name})
+    tok = load_tokenizer({'kind': 'gpt2'} if name == 'gpt2' else {'kind': 'huggingface', 'name': name})
+    if os.path.isdir(name) and tok.tok.is_fast:  # the few others are known by their folder
+        tok.spec = tok.whole_spec()
+    return tok
 
 
 def load_tokenizer(spec, vocab_size=0):

@@ -479,13 +479,15 @@ def test_a_tokenizer_in_a_folder_is_stored_whole():
     shutil.copytree('a', 'elsewhere/b')
     tokens = named_tokenizer('a')
     assert tokens.spec == named_tokenizer('elsewhere/b').spec  # wherever it lies
+    old = {'kind': 'huggingface', 'name': os.path.abspath('a')}  # as runs of the first edition have it
+    assert load_tokenizer(old).spec == old
     spec, ids = json.loads(json.dumps(tokens.spec)), tokens.encode('to be [SEP] or')
     shutil.rmtree('a')
     stored = load_tokenizer(spec, len(WORDS))
     assert stored.encode('to be [SEP] or') == ids and stored.decode(ids) == tokens.decode(ids)
     assert (stored.eos_id, stored.bos_id) == (tokens.eos_id, tokens.bos_id) == (2, 2) and stored.spec == spec
-    with pytest.raises(UserError, match='no such folder here'):  # as runs of the first edition name it
-        load_tokenizer({'kind': 'huggingface', 'name': os.path.abspath('a')})
+    with pytest.raises(UserError, match='no such folder here'):
+        load_tokenizer(old)
     with pytest.raises(UserError, match='the stored one is damaged'):
         load_tokenizer({**spec, 'json': '{'})
 
