@@ -216,13 +216,11 @@ def read_texts(path, tok, L):
     return x
 
 
-def attach(method, config, tok, device, place=''):
-    """Hands a method the frozen encoder, if any, that it reads texts with.
+def attach(method, config, tok, device, place):
+    """Hands a method the frozen encoder that it reads texts with. UserError unless it is that of training.
 
-    place: where it lies, if not where the run says.  UserError unless it is that of training.
+    place: where it lies; '': where the run says
     """
-    if not method.encoder_name:
-        return
     hint = '' if place else f' (if {method.encoder_name} lies elsewhere now: --encoder=FOLDER)'
     method.encoder_name = place or method.encoder_name
     try:
@@ -314,10 +312,11 @@ def main(argv):
     if c.show:
         options['callback'] = show(tok.decode, method.mask_id, sys.stdout)
     z_0 = None
-    if c.encoder and options.get('latent') != 'data':
-        raise UserError('--encoder has no effect: only --latent=data reads texts')
-    if options.get('latent') == 'data':
+    if method.encoder_name and options.get('latent') == 'data':
         attach(method, config, tok, device, c.encoder)
+    elif c.encoder:
+        raise UserError('--encoder has no effect: these samples need no frozen encoder')
+    if options.get('latent') == 'data':
         z_0 = latents_of_texts(method, *open_texts('', config, tok, device), c.num_samples, c.batch_size)
     with whole(c.save) if c.save else nullcontext() as temp:
         with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import disk_full, files, generator, scrambled, spy, whole
 
 import methods
+import sample
 import train
 from data import encode
 from eval import main as evaluate
@@ -24,7 +25,6 @@ from lib.encoders import check_tokenizer, pool
 from lib.teacher import hub_teacher
 from lib.tokens import Tokens, WithLatents, load_tokenizer, named_tokenizer
 from methods import METHODS, attach_encoder, build, open_encoder, open_run
-from sample import open_tokenizer
 
 WORDS = '[UNK] [CLS] [SEP] The quick brown fox; times! No? to be or not that is'.split()
 TEXT = 'to be or not to be that is The brown fox; ' * 30
@@ -455,7 +455,7 @@ def test_a_run_finds_encoder_and_tokenizer_on_another_machine():
     shutil.move('hub', 'there/hub')
     method, config = open_run('there/out/a', 'cpu')
     assert method.encoder_name == 'there/hub/bert'
-    assert open_tokenizer(config).decode([*range(8, 12)]) == ' '.join(WORDS[8:12])
+    assert sample.open_tokenizer(config).decode([*range(8, 12)]) == ' '.join(WORDS[8:12])
     evaluation = ['--out_dir=there/out/a', '--batch_size=4', '--val_seqs=4', '--device=cpu']
     evaluate(evaluation)
     shutil.move('there/hub', 'moved')
@@ -465,6 +465,10 @@ def test_a_run_finds_encoder_and_tokenizer_on_another_machine():
     go('there/out/a', '--encoder=moved/bert', *args[:-1], '--max_iters=2')
     with pytest.raises(UserError, match='no effect'):
         evaluate([*evaluation, '--metrics=entropy', '--encoder=moved/bert'])
+    draw = ['--out_dir=there/out/a', '--num_samples=1', '--steps=2', '--device=cpu', '--encoder=moved/bert']
+    sample.main([*draw, '--strategy=seq', '--latent=data'])
+    with pytest.raises(UserError, match='no effect'):
+        sample.main(draw)
     with open(f'{hub("bert")}/model.safetensors', 'r+b') as f:  # the last byte is one of a weight
         f.seek(-2, 2)
         f.write(b'\1')
