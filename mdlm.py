@@ -70,16 +70,23 @@ def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
 
     temperature 0 takes the likeliest token; top_p < 1 keeps the nucleus: the fewest that have it together.
     """
-    logits = logits.to(wide(logits.device))
     if temperature == 0:
         return logits.argmax(dim=-1)
+    return torch.multinomial(token_probs(logits, temperature, top_p), 1, generator=generator)[:, 0]
+
+
+def token_probs(logits, temperature=1.0, top_p=1.0):
+    """What draw_tokens draws from: logits (R, V) -> (R, V), fp64."""
+    logits = logits.to(wide(logits.device))
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=-1, keepdim=True), 1)
     probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:
         sorted_probs, ids = probs.sort(dim=-1, descending=True)
         # the token that crosses top_p stays
         sorted_probs[sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p] = 0
         probs = torch.zeros_like(probs).scatter_(1, ids, sorted_probs)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return probs / probs.sum(dim=-1, keepdim=True)
 
 
 def choose(x_t, alpha_t, alpha_s, mask_id, eta=0.0, given=None, generator=None):

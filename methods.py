@@ -8,6 +8,8 @@ The methods by name, and the way from a name or a folder to one.
 import os
 
 from baselines.ar import AR
+from baselines.duo import Duo
+from baselines.flm import FLM
 from ladd import LADD
 from ldlm import LDLM
 from lib.checkpoint import averaged_weights, fill, fingerprint, is_run, load
@@ -16,7 +18,7 @@ from lib.encoders import HubEncoder, RunEncoder, check_tokenizer
 from lib.hub import load_published
 from mdlm import MDLM
 
-METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR}
+METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo': Duo}
 
 
 def build(config):

@@ -171,38 +171,52 @@ def rows_at_once(vocab_size, device, cpu=2**25, gpu=2**28):
     return max(1, (gpu if device.type == 'cuda' else cpu) // vocab_size)
 
 
-class HeadCrossEntropy(torch.autograd.Function):
-    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i), its gradients formed chunk by chunk in forward.
+def head_in_chunks(ctx, replace, h, W, b, weights, *about):
+    """sum_i weight_i * loss_i of logits h W^T + b; its gradients are formed chunk by chunk and kept in ctx.
 
-    So the (rows, V) logits never exist as a whole. Backward only scales the gradients that are already there.
+    replace(logits (r, V), *about of these rows) -> losses (r,), fp32, and puts their gradient in place of the
+    logits. So the (rows, V) logits never exist as a whole.
     """
+    dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
+    loss = h.new_zeros((), dtype=torch.float32)
+    size = rows_at_once(len(W), h.device)
+    part = rows_at_once(len(W), h.device, cpu=2**21)  # on a CPU the fp32 softmax stays in the cache
+    for start in range(0, len(h), size):
+        chunk = slice(start, start + size)
+        logits = F.linear(h[chunk], W, b)  # bf16 under autocast; becomes its own gradient
+        parts = zip(*(rows.split(part) for rows in (logits, weights[chunk], *(a[chunk] for a in about))))
+        for d_logits, weight, *a in parts:
+            loss += (weight * replace(d_logits, *a)).sum()
+        weight = weights[chunk, None]
+        dh[chunk] = weight * (logits @ W)  # scale (rows, d) instead of (rows, V): fewer multiplications
+        dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
+        db += weights[chunk].to(logits.dtype) @ logits
+        del logits, d_logits, parts  # free this chunk's logits before the next chunk allocates its own
+    ctx.save_for_backward(dh, dW, db)
+    return loss
+
+
+def cross_entropy_(logits, targets):
+    """-log p(target) (r,), and in place of the logits (r, V) their gradient p - e_target."""
+    targets = targets[:, None]
+    log_p = logits.float().log_softmax(dim=-1)
+    log_p_target = log_p.gather(1, targets)
+    logits.copy_(log_p.exp_())
+    logits.scatter_(1, targets, log_p_target.expm1().to(logits.dtype))  # p, and p - 1 at the target
+    return -log_p_target[:, 0]
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i). Backward only scales gradients already there."""
 
     @staticmethod
     def forward(ctx, h, W, b, targets, weights):
-        dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
-        loss = h.new_zeros((), dtype=torch.float32)
-        size = rows_at_once(len(W), h.device)
-        part = rows_at_once(len(W), h.device, cpu=2**21)  # on a CPU the fp32 softmax stays in the cache
-        for start in range(0, len(h), size):
-            chunk = slice(start, start + size)
-            target, weight = targets[chunk, None], weights[chunk, None]
-            logits = F.linear(h[chunk], W, b)  # bf16 under autocast; becomes its own gradient
-            for d_logits, t, w in zip(logits.split(part), target.split(part), weight.split(part)):
-                log_p = d_logits.float().log_softmax(dim=-1)
-                log_p_target = log_p.gather(1, t)
-                loss -= (w * log_p_target).sum()
-                d_logits.copy_(log_p.exp_())
-                d_logits.scatter_(1, t, log_p_target.expm1().to(d_logits.dtype))  # p, and p - 1 at the target
-            dh[chunk] = weight * (logits @ W)  # scale (rows, d) instead of (rows, V): fewer multiplications
-            dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
-            db += weights[chunk].to(logits.dtype) @ logits
-            del logits, d_logits  # free this chunk's logits before the next chunk allocates its own
-        ctx.save_for_backward(dh, dW, db)
-        return loss
+        return head_in_chunks(ctx, cross_entropy_, h, W, b, weights, targets)
 
     @staticmethod
     def backward(ctx, d_loss):
-        return *(d.mul_(d_loss) for d in ctx.saved_tensors), None, None  # in place: dW is large
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
+        return *(d.mul_(d_loss) for d in ctx.saved_tensors), *nothing  # in place: dW is large
 
 
 def head_cross_entropy(head, h, targets, weights):
@@ -215,3 +229,11 @@ def head_nll(head, h, targets):
     size = rows_at_once(head.out_features, h.device)
     chunks = zip(h.split(size), targets.split(size))
     return torch.cat([F.cross_entropy(head(hs).float(), ts, reduction='none') for hs, ts in chunks])
+
+
+def head_probabilities(head, h):
+    """h (R, d) -> pairs of a slice of its rows and their p, fp32 (rows, V); one chunk at a time."""
+    size = rows_at_once(head.out_features, h.device)
+    for start in range(0, len(h), size):
+        rows = slice(start, start + size)
+        yield rows, head(h[rows]).float().softmax(dim=-1)

@@ -60,14 +60,16 @@ class Shared(Machine):
     # texts (--strategy=seq; of LDLM it is their reconstruction)
     latent: str = key('generated', choices=LATENTS)
     encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
-    sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | remdm
-    eta: float = 1.0               # of --sampler=remdm: how much is masked again
+    sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | ...
+    eta: float = 1.0               # of remdm, psi_cap, psi_rescale, psi_loop: how much is noised again
+    kappa: float = 0.95            # of --sampler=psi: how much is not
+    tail: str = 'ancestral'        # of Duo: ancestral | greedy, its last step
     temperature: float = 1.0
     top_p: float = 1.0
 
 
 # those of Shared that method.sample may take
-OPTIONS = ('latent_steps', 'latent', 'eta', 'temperature', 'top_p')
+OPTIONS = ('latent_steps', 'latent', 'eta', 'kappa', 'tail', 'temperature', 'top_p')
 
 
 @dataclass

@@ -116,6 +116,15 @@ def test_ladd_and_mdlm_are_comparable(data, kind):
     assert changed <= {'method', 'out_dir', 'hidden', 'num_layers', 'num_heads', 'cond_dim'}
 
 
+@pytest.mark.parametrize('method', ['flm', 'duo'])
+@pytest.mark.parametrize('data', ['sawtooth', 'shakespeare_char'])
+def test_neighbours_and_mdlm_are_comparable(data, method):
+    """Equal blocks, tokens and optimizers."""
+    mdlm, neighbour = read(f'{data}_mdlm'), read(f'{data}_{method}')
+    assert {k for k in mdlm.keys() & neighbour.keys() if mdlm[k] != neighbour[k]} == {'method', 'out_dir'}
+    assert parameters(on_meta(f'{data}_mdlm').dit) == parameters(on_meta(f'{data}_{method}').dit)
+
+
 @pytest.mark.parametrize('data', ['shakespeare_char', 'text', 'lm1b'])
 def test_ar_and_mdlm_are_comparable(data):
     """Equal networks, tokens and optimizers: nothing differs but the method, its weighting and its name."""
@@ -136,7 +145,7 @@ FROZEN = {'co_ladd': ['--encoder=AR', '--num_latents=4', '--latent_dim=8'],
 NO_LADD = [f'{data}_{method}' for data in ('shakespeare_char', 'text', 'lm1b') for method in ('mdlm', 'ar')]
 CO_LADD = ['shakespeare_char_co_ladd', 'text_co_ladd', 'lm1b_co_ladd', 'owt']
 DI_LADD = ['shakespeare_char_di_ladd', 'text_di_ladd', 'lm1b_di_ladd', 'owt_di_ladd']
-TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm']]
+TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm', 'shakespeare_char_flm', 'shakespeare_char_duo']]
 TRAINS += [(name, changes[kind]) for changes in (LEARNED, FROZEN)
            for kind, names in (('co_ladd', CO_LADD), ('di_ladd', DI_LADD)) for name in names]
 
