@@ -202,9 +202,9 @@ def open_texts(name, config, tok, device):
 
 
 def read_texts(path, tok, L):
-    """A UTF-8 text file as ids (n, L)."""
+    """A UTF-8 text file, read as prepare.py reads it, as ids (n, L)."""
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open(path, encoding='utf-8-sig') as f:  # with any line ends and any byte order mark
             ids = torch.tensor(tok.encode(f.read()))
     except UnicodeDecodeError as e:
         raise UserError(f'{path} is not UTF-8 ({e.reason})') from e

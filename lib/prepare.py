@@ -259,8 +259,8 @@ def write_ids(path, stream, tok, workers):
     if sum(lengths) < 2:
         raise UserError(f'there is no text for {path.removesuffix(".tmp")}')
     if len(lengths) > 1 and tok.eos_id is None:
-        raise UserError('this tokenizer has no EOS to join documents with: '
-                        'use --split=file on one file, or another tokenizer')
+        raise UserError('this tokenizer has no EOS to join documents with: use another one, '
+                        'or data/text/prepare.py with --split=file on one file')
     return lengths
 
 
@@ -329,11 +329,11 @@ class Arguments(argparse.ArgumentParser):
         if args.workers < 1:
             raise UserError('--workers must be at least 1')
         args.wrap = args.wrap == 'True'
-        for path in args.input or []:
+        for path in [*(args.input or []), *(vars(args).get('val') or [])]:
             if os.path.isdir(path):
-                raise UserError(f'{path} is a folder; name the files in it: --input {path.rstrip("/")}/*')
+                raise UserError(f'{path} is a folder; name the files in it: {path.rstrip("/")}/*')
             if path == '-' or os.path.exists(path) and not os.path.isfile(path):
-                raise UserError(f'--input {path} is a stream, and text is read twice: save it to a file')
+                raise UserError(f'{path} is a stream, and text is read twice: save it to a file')
             if not os.path.isfile(path):
                 raise UserError(f'there is no file {path}')
         return args

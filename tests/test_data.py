@@ -27,7 +27,8 @@ import lib.prepare
 import lib.tokens
 from lib.configurator import UserError, run
 from lib.prepare import write
-from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer, named_tokenizer, read_meta
+from lib.tokens import Char, Tokens, WithLatents, latents_of, load_tokenizer, named_tokenizer, read_meta
+from sample import read_texts
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ODD = ('naïve café\r\n\u2028tab\t \u00a0 e\u0301 \U0001f469\u200d\U0001f680 \u202eabc\u202c \x00 [MASK] '
@@ -372,6 +373,21 @@ def test_a_signal_does_not_wait_for_the_workers(tmp_path, monkeypatch):
     assert time.time() - start < 1800 and not (tmp_path / 'data/t').exists()
 
 
+def test_a_text_file_is_read_as_it_would_be_prepared(tmp_path):
+    tok = Char('\nabc', False)
+    tok.wrap = False
+    for text in 'ab\nc', '\ufeffab\r\nc', 'ab\rc':
+        assert read_texts(save(tmp_path / 'in.txt', text), tok, 4).tolist() == [[1, 2, 0, 3]]
+
+
+def test_separators_may_be_those_of_windows(tmp_path, cli):
+    source = save(tmp_path / 'in.txt', 'one\r\n\r\ntwo\r\nlines\r\n\r\nthree')
+    argv = '--input', source, '--tokenizer=char', '--workers=1', '--val_fraction=.3', '--name=t'
+    for separator in (r'\r\n\r\n', '\r\n\r\n', r'\n\n'):
+        assert cli('text', *argv, f'--split={separator}') == 0
+        assert read_meta(tmp_path / 'data/t')['train']['documents'] == 2
+
+
 def test_a_data_source_says_what_it_is(tmp_path):
     """Tokens and WithLatents have the same attributes and give tuples that begin with the ids."""
     tokens = prepared(wrap=True)
@@ -481,7 +497,7 @@ BAD = [  # arguments, what the line says
     ('text', ['--input', 'latin.txt'], 'latin.txt is not UTF-8'),
     ('text', ['--input', 'good.txt', 'cut.txt'], 'cut.txt is not UTF-8'),
     ('text', ['--input', 'nowhere.txt'], 'nowhere.txt'),
-    ('text', ['--input', '.'], '. is a folder; name the files in it: --input ./*'),
+    ('text', ['--input', '.'], '. is a folder; name the files in it: ./*'),
     ('text', ['--input', '-'], 'save it to a file'),
     ('text', ['--input', 'pipe'], 'save it to a file'),
     ('text', ['--input', 'latin.txt'], 'iconv -f LATIN1 -t UTF-8 latin.txt > NEW_FILE'),
@@ -505,6 +521,8 @@ BAD = [  # arguments, what the line says
     ('lm1b', ['--input', 'good.txt'], '--val'),
     ('zeroshot', ['--input', 'good.txt'], '--set'),
     ('zeroshot', ['--set=imdb'], 'imdb'),
+    ('zeroshot', ['--set=ptb', '--input', 'good.txt', '--tokenizer=letters'], 'eval.py --out_dir=out/NAME'),
+    ('lm1b', ['--input', 'good.txt', '--val', 'nowhere.txt'], 'there is no file nowhere.txt'),
 ]
 
 
@@ -523,6 +541,9 @@ def test_mistakes_are_one_line(name, argv, says, tmp_path, monkeypatch, capsys, 
         pytest.importorskip('pyarrow')
     if '--tokenizer' not in ' '.join(argv) and name != 'zeroshot':
         argv = ['--tokenizer=char', *argv]
+    with monkeypatch.context() as m:
+        m.setattr(lib.prepare, 'DATA', '.')
+        write('letters', {'train': lambda: iter([('one document', True)])}, 'char', tail=0.5)
     answer(monkeypatch, lambda: monkeypatch.setenv('HF_HUB_OFFLINE', '1'))
     assert cli(name, *argv) == 2
     err = capsys.readouterr().err

@@ -35,7 +35,8 @@ def main(argv):
         raise UserError('--name=sawtooth is taken: train.py computes that data set; choose another name')
     if not args.split:
         raise UserError('--split must not be empty; --split=file keeps every file whole')
-    literally = args.split.replace(r'\n', '\n').replace(r'\t', '\t')
+    literally = args.split.replace(r'\r', '\r').replace(r'\n', '\n').replace(r'\t', '\t')
+    literally = re.sub('\r\n?', '\n', literally)  # as in the text
     separator = {'line': '\n', 'file': None}.get(args.split, literally)
     rule = (f'last {args.val_fraction} of the documents, or of the tokens where that is much more or less; '
             f'split={args.split}; line ends as "\\n"')

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for lib/ and data/
 from data.lm1b.prepare import detokenise as lm1b
 from lib.configurator import UserError, run
 from lib.prepare import Arguments, read_files, read_hub, write
+from lib.tokens import named_tokenizer
 
 SETS = {  # repository, configuration, split, column, revision
     # its main branch still holds a script
@@ -76,9 +77,12 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.tokenizer == 'char':
         raise UserError("--tokenizer=char would make a new vocabulary: name the model's data instead, "
-                        'as in --tokenizer=data/shakespeare_char')
+                        'as in --tokenizer=data/text')
     if args.input and not args.set:
         raise UserError(f'--input needs --set, one of: {" ".join(SETS)}')
+    if named_tokenizer(args.tokenizer).eos_id is None:
+        raise UserError('a model of one document has no EOS to tell the documents of these sets apart: '
+                        'evaluate it on a text file, python eval.py --out_dir=out/NAME --data=FILE')
 
     def stream(name):
         repo, config, split, column, revision = SETS[name]
