@@ -81,8 +81,25 @@ class Exact:
         """log p(visible tokens | shift): x (n, L) with 0, 1 or 2 = [mask] -> (n, P)."""
         return (x == 1).float() @ self.log_ratio + (x != 2).float() @ self.log_p0
 
+    def predict(self, b, leave_one_out=False):
+        """p(x_l = 1 | evidence) of any kind: b (n, L) -> (n, L); leave_one_out: without the evidence at l.
+
+        b_l in [-1, 1] is what position l says by itself, p(x_l = 1 | it) - p(x_l = 0 | it) for a fair coin:
+        0 for [mask], +-1 for a visible token, +-alpha for one that is kept with probability alpha and else
+        drawn anew, tanh(r / 2) for a log-likelihood ratio r. With a_l = 2 p_l - 1 the likelihood of a shift
+        is prod_l (1 + a_l b_l), up to a constant.
+        """
+        a, means = 2 * self.p - 1, []
+        for part in b.split(max(1, 2**18 // a.numel())):
+            likelihood = 1 + a * part[:, None]                                         # (n, P, L)
+            posterior = likelihood.log().sum(dim=2).softmax(dim=1)
+            slope = (posterior[:, None] @ (a / likelihood))[:, 0]  # of log p(evidence), linear in every b_l
+            mean = slope / (1 - part * slope)              # E[a_l | the evidence elsewhere]
+            means.append(mean if leave_one_out else (mean + part) / (1 + mean * part))
+        return (1 + torch.cat(means)) / 2
+
     def denoise(self, x_t, where):
-        """A drop-in for the networks': logits (where.sum(), 2)."""
+        """A drop-in for MDLM's network, logits (where.sum(), 2): `predict` by matrix products."""
         p1 = (self.log_likelihood(x_t).softmax(dim=1) @ self.p)[where]
         return torch.stack((1 - p1, p1), dim=1).log()
 

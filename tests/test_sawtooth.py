@@ -124,6 +124,36 @@ def test_exact_denoiser_is_the_posterior(visible):
     np.testing.assert_allclose(logits.exp()[:, 1].numpy(), expected[hidden.numpy()], atol=2e-3)
 
 
+def test_predictions_from_evidence_of_any_kind():
+    """p(x_l = 1 | evidence) by summing over 20,000 shifts, all of it or all but that at l; positions that are
+    masked, visible, nearly certain and doubtful."""
+    p, b = fine_grid(), torch.rand(4, 128, generator=generator()).mul(2).sub(1)
+    b[:, ::4], b[:, 1::4] = 0, 2 * data(4)[:, 1::4] - 1
+    b[:, 2::8] = 0.9999 * (2 * data(4)[:, 2::8] - 1)
+    weight, found = (b + 1).double().numpy() / 2, [Exact().predict(b, one_out) for one_out in (False, True)]
+    for i, q in enumerate(weight):
+        evidence = p * q + (1 - p) * (1 - q)                                           # (shifts, L)
+        likelihood = evidence.prod(axis=1, keepdims=True)
+        both = (likelihood * p * q / evidence).sum(axis=0) / likelihood.sum()
+        rest = likelihood / evidence
+        elsewhere = (rest * p).sum(axis=0) / rest.sum(axis=0)
+        np.testing.assert_allclose(found[0][i].numpy(), both, atol=2e-3)
+        np.testing.assert_allclose(found[1][i].numpy(), elsewhere, atol=2e-3)
+
+
+def test_predictions_from_tokens_are_the_denoiser():
+    """And the evidence at l is left out as if l were masked."""
+    exact, x, hidden = Exact(64), data(20), torch.rand(20, 128, generator=generator()) < 0.7
+    b = torch.where(hidden, 0.0, 2.0 * x - 1)
+    logits = exact.denoise(x.masked_fill(hidden, MASK), hidden)
+    torch.testing.assert_close(exact.predict(b)[hidden], logits.exp()[:, 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(exact.predict(b)[~hidden], x[~hidden].float(), atol=1e-5, rtol=0)
+    l = int((~hidden[0]).nonzero()[0])
+    without = b.clone()
+    without[:, l] = 0
+    torch.testing.assert_close(exact.predict(b, True)[:, l], exact.predict(without)[:, l], atol=1e-5, rtol=0)
+
+
 def test_exact_joint_denoiser():
     """A known shift makes the tokens independent flips; an unknown one leaves the denoiser above, and its
     posterior as code logits."""
