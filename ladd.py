@@ -96,15 +96,20 @@ def joint(denoise, x, z, steps, alphas, latent_step, mask_id, draw=draw_tokens, 
             x[reveal] = draw(logits, generator=generator)
         x[remask] = mask_id
         if callback:
-            callback(i, x)
+            callback(i, x, z)
     return x
 
 
-def latent_chain(predict, z, steps, latent_step):
-    """The latent channel alone, from t = 1 to 0: predict(z_t, t). The first half of LADD eq. (Seq.)."""
+def latent_chain(predict, z, steps, latent_step, callback=None):
+    """The latent channel alone, from t = 1 to 0: predict(z_t, t). The first half of LADD eq. (Seq.).
+
+    callback(i, z) sees every step; i = -steps ... -1, since the tokens' steps are 0, 1, ...
+    """
     times = time_grid(steps, z.device)
-    for t, s in zip(times[:-1], times[1:]):
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
         z = latent_step(z, predict(z, t), t, s)
+        if callback:
+            callback(i - steps, z)
     return z
 
 
@@ -174,6 +179,7 @@ class Vectors:
     """Co-LADD: Gaussian diffusion of z (b, M, D)."""
     name, schedules = 'Co-LADD', ('vp_linear', 'vp_cosine', 'vp_sqrt')
     has_codebook = False  # which stage 1 trains, also where the encoder is frozen
+    mask_id = None
     # in the bound, the latent keeps the noise of this time. Any gives a bound: a cleaner latent tells the
     # tokens hardly more, but at an SNR of thousands every small error of z0_hat costs nats (our choice)
     t_end = 0.1
@@ -261,7 +267,7 @@ class Codes:
     has_codebook, t_end = True, 0.0
 
     def __init__(self, config):
-        self.config, self.outputs = config, config.codebook_size
+        self.config, self.outputs, self.mask_id = config, config.codebook_size, config.codebook_size
         self.quantising = True  # begin_step sets it while training
 
     def parts(self):
@@ -371,6 +377,7 @@ class LADD(mdlm.MDLM):
             self.latent_head = nn.Linear(c.hidden, self.channel.outputs)
         # what the scripts ask
         self.name, self.encoder_name = self.channel.name, c.encoder
+        self.latent_mask_id = self.channel.mask_id
         self.lr_restarts = (c.stage3_start,) if c.stage3_start and c.latent_layers else ()
         if c.stored_latents:
             self.stored_latents = {'num_latents': c.num_latents, 'latent_dim': c.latent_dim}
@@ -540,7 +547,9 @@ class LADD(mdlm.MDLM):
         """-> ids (n, L). joint: `steps` calls. seq: `latent_steps` for the latent, `steps` for the tokens.
 
         x: as MDLM's. z_0: clean latents to write from, as from latents_of, instead of the first half of seq.
-        options: temperature, top_p, eta of remdm, latent_steps and latent of seq.
+        options: temperature, top_p, eta of remdm, latent_steps and latent of seq. callback(step, x, z) sees
+        every step, those of a latent before tokens as steps -latent_steps ... -1; z: vectors (n, M, D), codes
+        (n, M), or None with latent=none.
         """
         options = self.sampling_options(strategy, sampler, **with_latent(z_0, options))
         x = self.all_masked(n) if x is None else x
@@ -560,7 +569,8 @@ class LADD(mdlm.MDLM):
         alphas = alpha(time_grid(steps, x.device), self.config.schedule)
         return joint(denoise, x, z_1, steps, alphas, step, self.mask_id, draw, eta, generator, callback)
 
-    def sample_sequentially(self, x, z_0, steps, latent, latent_steps=0, generator=None, **options):
+    def sample_sequentially(self, x, z_0, steps, latent, latent_steps=0, generator=None, callback=None,
+                            **options):
         """LADD eq. (Seq.)."""
         def predict(z_t, t):
             nothing = torch.full_like(x, self.mask_id)
@@ -575,14 +585,20 @@ class LADD(mdlm.MDLM):
             h_x, _ = self.hidden_states(x_t[active], self.channel.seen(z_0[active]), t_z)
             return self.head(h_x[where[active]])
 
+        def latent_moved(i, z):
+            callback(i, x, z)
+
+        def tokens_revealed(i, x, _):
+            callback(i, x, None if latent == 'none' else z_0)
+
         if latent == 'none':
             z_0 = self.channel.nothing(len(x), x.device)
         elif latent == 'generated':
             z_1 = self.channel.prior(len(x), x.device, generator)
             step = functools.partial(self.channel.step, generator=generator)
-            z_0 = latent_chain(predict, z_1, latent_steps, step)
+            z_0 = latent_chain(predict, z_1, latent_steps, step, callback and latent_moved)
         return reveal_tokens(denoise, x, self.mask_id, steps, self.config.schedule, **options,
-                             generator=generator)
+                             generator=generator, callback=callback and tokens_revealed)
 
     # --- costs ---
 

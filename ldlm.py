@@ -446,6 +446,13 @@ class LDLM(Method):
         c = self.config
         z = z.detach() + self.gamma * (z - z.detach())
         t = self.times.draw(noise) if c.adaptive_t else noise.times('t')               # (b,)
+        losses = self.denoising_errors(z, t, noise)
+        self.times.track(t, losses.detach())
+        return losses.mean()
+
+    def denoising_errors(self, z, t, noise):
+        """|z_hat - z|^2 per coordinate, from z (b, L, D) noised at times t (b,) -> (b,)."""
+        c = self.config
         alpha, sigma = (level[:, None, None] for level in alpha_sigma(t, c.tangent))
         z_t = alpha * z + sigma * noise.normal('eps', *z.shape[1:])
         z_self = torch.zeros_like(z)
@@ -453,9 +460,7 @@ class LDLM(Method):
             with torch.no_grad():
                 shown = noise.uniform('self') < c.self_conditioning
                 z_self = self.denoise(z_t, t, z_self) * shown[:, None, None]
-        losses = (self.denoise(z_t, t, z_self) - z).square().mean(dim=(1, 2))          # (b,)
-        self.times.track(t, losses.detach())
-        return losses.mean()
+        return (self.denoise(z_t, t, z_self) - z).square().mean(dim=(1, 2))            # (b,)
 
     def denoise(self, z_t, t, z_self):
         """z_0 hat (b, L, D) from z_t and an earlier estimate (or zeros) at times t (b,)."""
@@ -491,6 +496,25 @@ class LDLM(Method):
         weights = torch.full_like(ids, 1 / len(ids), dtype=torch.float32)
         return head_cross_entropy(self.head, h, ids, weights), accuracy
 
+    @property
+    def validated(self):
+        c = self.config
+        return (('diff_loss',) * (c.stage in TRAINS_DENOISER) + ('state_loss',) * (c.decode_from == 'states')
+                + ('accuracy',))
+
+    @torch.no_grad()
+    def validation(self, x, noise, z_0=None):
+        """Without the noise in the decoder's input: x (b, L) -> {name: (b,)}.
+
+        diff_loss at uniform times, state_loss |h_hat - h|^2, accuracy: the share of tokens that come back.
+        """
+        h = self.states(x)
+        z = self.encode(h)
+        found = {'diff_loss': self.denoising_errors(z, noise.times('t'), noise),
+                 'state_loss': (self.decode(z) - h).square().mean(dim=(1, 2)),
+                 'accuracy': (self.tokens(z) == x).float().mean(dim=1)}
+        return {name: found[name] for name in self.validated}
+
     # --- sampling ---
 
     def sampling_options(self, strategy='', sampler='', **given):
@@ -510,7 +534,7 @@ class LDLM(Method):
 
         z_0: clean latents to decode, as from latents_of, without any call.
         euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family],
-        and ddim ends at z_0 hat by itself. callback(step, x) has every estimate decoded.
+        and ddim ends at z_0 hat by itself. callback(step, x, z_0 hat) has every estimate decoded.
         """
         options = self.sampling_options(strategy, sampler, **with_latent(z_0, options))
         if z_0 is not None:
@@ -522,7 +546,7 @@ class LDLM(Method):
             return self.denoise(z_t, t.float().expand(n), z_self)
 
         def decoded(i, z_hat):
-            callback(i, self.tokens(z_hat))
+            callback(i, self.tokens(z_hat), z_hat)
         if sampler == 'ddim':
             return self.tokens(ddim(denoise, z, steps, c.tangent, callback and decoded))
         mean, z_hat = euler_maruyama(denoise, z, steps, c.tangent, generator, callback and decoded)

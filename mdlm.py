@@ -114,7 +114,7 @@ def ancestral(denoise, x, alphas, mask_id, draw=draw_tokens, eta=0.0, generator=
             x[reveal] = draw(denoise(x, reveal), generator=generator)
         x[remask] = mask_id
         if callback:
-            callback(i, x)
+            callback(i, x, None)
     return x
 
 
@@ -136,7 +136,7 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
         where = torch.zeros_like(masked).scatter_(1, order[:, i:i + 1], True) & masked
         x[where] = draw(denoise(x, where), generator=generator)
         if callback:
-            callback(i, x)
+            callback(i, x, None)
     return x
 
 
@@ -251,7 +251,7 @@ class MDLM(Method):
     def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
         """-> ids (n, L). x: (n, L) to start from, in which [mask]s are filled in (default: all masked).
 
-        options: temperature, top_p, and eta of remdm. callback(step, x) sees every step.
+        options: temperature, top_p, and eta of remdm. callback(step, x, None) sees every step.
         """
         options = self.sampling_options(strategy, sampler, **options)
         del options['strategy']

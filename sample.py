@@ -246,6 +246,10 @@ def latents_of_texts(method, rows, there_are, n, batch_size):
 # ------------------------------------------------------------------------------------------------------------
 # the denoising, live: [mask] is a dim block, a token just revealed is green
 
+COLUMNS = 64  # a period of sawtooth
+BARS = '▁▂▃▄▅▆▇█'
+
+
 def styled(x, before, decode, mask_id):
     """Ids x (L,) and those of the step before -> [(ANSI style, character)]."""
     def style(l):
@@ -259,37 +263,55 @@ def styled(x, before, decode, mask_id):
 
 
 def fit_screen(chars, columns, lines):
-    """As much as a terminal of that size can hold."""
-    column, line = 0, 1
-    for i, (_, char) in enumerate(chars):
+    """The same with lines of at most `columns` characters, and as many of them as there may be."""
+    fitted, column, line = [], 0, 1
+    for style, char in chars:
         if char == '\n' or column == columns:
-            column, line = 0, line + 1
+            fitted, column, line = [*fitted, ('', '\n')], 0, line + 1
             if line > lines:
-                return chars[:i]
-        column += char != '\n'
-    return chars
+                return fitted[:-1]
+        if char != '\n':
+            fitted.append((style, char))
+            column += 1
+    return fitted
 
 
-def show(decode, mask_id, out):
-    """A callback for samplers: redraws on a terminal, elsewhere prints after 1, 2, 4, 8, ... steps."""
-    before, last = [], math.inf
+def draw_latent(z, mask_id):
+    """A latent in a line: vectors (M, D) as bars, relative to the longest one; codes (M,) as numbers."""
+    if mask_id is not None:
+        return ' '.join('░' if code == mask_id else str(code) for code in z.tolist())[:COLUMNS]
+    z = z.flatten()[:COLUMNS].float()
+    heights = (1 + z / z.abs().max().clamp(min=1e-12)) / 2 * (len(BARS) - 1)
+    return ''.join(BARS[h] for h in heights.round().int().tolist())
 
-    def callback(i, x):
-        nonlocal before, last
+
+def show(decode, mask_id, latent_mask_id, out):
+    """A callback for samplers: redraws on a terminal, elsewhere prints after 1, 2, 4, 8, ... steps.
+
+    The ids with which [mask] is written among tokens and among the codes of a latent; None if it is not.
+    """
+    before, first, last = [], 0, math.inf
+
+    def callback(i, x, z):
+        nonlocal before, first, last
         x = x[0].tolist()
         if i <= last:  # another batch begins
-            before = [mask_id] * len(x)
+            before, first = [mask_id] * len(x), i
+        step, kind = (i + 1, 'step') if i >= 0 else (i - first + 1, 'latent step')
+        latent = '' if z is None else f'latent {draw_latent(z[0], latent_mask_id)}\n'
         chars = styled(x, before, decode, mask_id)
         if out.isatty():
             size = shutil.get_terminal_size()
-            drawn = fit_screen(chars, size.columns, size.lines - 2)
+            # whole periods of sawtooth in a line, where there is room for one
+            drawn = fit_screen(chars, size.columns // COLUMNS * COLUMNS or size.columns, size.lines - 3)
             groups = itertools.groupby(drawn, key=lambda pair: pair[0])
             runs = (style + ''.join(char for _, char in group) + '\033[0m' for style, group in groups)
-            out.write('\033[H\033[J' + ''.join(runs) + f'\n\033[2mstep {i + 1}\033[0m\n')
+            out.write('\033[H\033[J' + ''.join(runs) + f'\n\033[2m{latent}{kind} {step}\033[0m\n')
             out.flush()
             time.sleep(0.05)  # for the eye
-        elif (i + 1) & i == 0:
-            out.write(f'--- step {i + 1}\n' + ''.join(char for _, char in chars) + '\n')
+        elif step & (step - 1) == 0:
+            text = ''.join(char for _, char in fit_screen(chars, COLUMNS, math.inf))
+            out.write(f'--- {kind} {step}\n{latent}{text}\n')
         before, last = x, i
     return callback
 
@@ -312,7 +334,7 @@ def main(argv):
     tok = open_tokenizer(config)
     prompt = read_prompt(c.start, tok, config['block_size'], method) if c.start else None
     if c.show:
-        options['callback'] = show(tok.decode, method.mask_id, sys.stdout)
+        options['callback'] = show(tok.decode, method.mask_id, method.latent_mask_id, sys.stdout)
     z_0 = None
     if method.encoder_name and options.get('latent') == 'data':
         attach(method, config, tok, device, c.encoder)

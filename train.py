@@ -192,19 +192,21 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data, n):
-        """Nats per token over the first n validation sequences: Method.nll, which is what `likelihood` says.
+        """Method.validation over the first n validation sequences -> {name: mean over the sequences}.
 
-        The same number for every batch size and number of processes.
+        The same numbers for every batch size and number of processes.
         """
         n, size = min(n, len(data)), len(self.rows) // self.accumulate
-        nats = torch.zeros((), dtype=torch.float64)
+        totals = dict.fromkeys(self.method.validated, 0.0)
         with self.averaged():
             for first in range(self.rank, n, self.world * size):
                 rows = torch.arange(first, min(first + self.world * size, n), self.world)
                 x, *z_0 = (part.to(self.device) for part in data.rows(rows))
                 noise = Noise(EVAL_SEED, 0, rows.to(self.device), n)
-                nats += self.method.nll(x, noise, 1, *z_0).sum().item()
-        return summed(nats).item() / (n * data.block_size)
+                for name, values in self.method.validation(x, noise, *z_0).items():
+                    totals[name] += values.sum().item()
+        means = summed(torch.tensor([*totals.values()], dtype=torch.float64)) / n
+        return dict(zip(totals, means.tolist()))
 
     def checkpoint(self, config, step, tokens):
         states = {name: optimizer.state[p] for optimizer in self.optimizers
@@ -315,10 +317,10 @@ def meet(trainer, start, out_dir):
                             'must be one folder that all nodes see')
 
 
-def due(c, done, stopped_by, likelihood):
+def due(c, done, stopped_by, validated):
     """What follows after `done` steps -> log?, validate?, save?"""
     last = done == c.max_iters
-    validate = likelihood and not stopped_by and (last or done % c.eval_interval == 0)
+    validate = validated and not stopped_by and (last or done % c.eval_interval == 0)
     save = stopped_by or last or done % (c.checkpoint_interval or c.eval_interval) == 0
     return validate or save or done % c.log_interval == 0, validate, save
 
@@ -335,7 +337,7 @@ def loop(config, trainer, train_data, val_data, done, tokens):
             log.bar.update()
             # all processes stop after the same step; a signal from here on waits for the next one
             stopped_by = largest(max(received, default=0))
-            to_log, to_validate, to_save = due(c, done, stopped_by, trainer.method.likelihood)
+            to_log, to_validate, to_save = due(c, done, stopped_by, trainer.method.validated)
             if to_log:
                 log.step(done, tokens, trainer.rate(step), logs, numbers)
             if to_validate:

@@ -87,8 +87,8 @@ class AR(Method):
         computed once.
 
         x: (n, P) tokens to begin with, P <= L, where mask_id marks open places; ValueError if a token
-        follows an open place of its row. options: temperature, top_p. callback(position, x) sees every
-        step.
+        follows an open place of its row. options: temperature, top_p. callback(position, x, None) sees
+        every step.
         """
         c, weight = self.config, self.head.weight
         options = self.sampling_options(strategy, sampler, **options)
@@ -107,7 +107,7 @@ class AR(Method):
             drawn = draw_tokens(self.head(h[:, -1]), options['temperature'], options['top_p'], generator)
             x_0[:, i + 1] = torch.where(given[:, i], x_0[:, i + 1], drawn)
             if callback:
-                callback(i, x_0[:, 1:])
+                callback(i, x_0[:, 1:], None)
         return x_0[:, 1:]
 
     def denoiser_calls(self, steps, **options):

@@ -117,13 +117,17 @@ class Log:
         self.loss = numbers['loss']
         self.restart_clock(tokens)
 
-    def validation(self, done, nats):
-        """nats: the validation loss per token, with the averaged weights."""
-        perplexity = math.exp(min(nats, 700))
-        self.record({'step': done, 'val_loss': nats, 'val_ppl': perplexity})
+    def validation(self, done, means):
+        """means: {name: number per sequence} of Trainer.evaluate, with the averaged weights."""
+        if 'nats' in means:
+            loss = means['nats'] / self.c.block_size
+            means = {'loss': loss, 'ppl': math.exp(min(loss, 700))}
+            said = f'{loss:.4f} nats per token, perplexity {means["ppl"]:.2f}'
+        else:
+            said = ', '.join(f'{name} {value:.4f}' for name, value in means.items())
+        self.record({'step': done, **{f'val_{name}': value for name, value in means.items()}})
         if self.first:
-            self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {nats:.4f} nats per token, '
-                           f'perplexity {perplexity:.2f}')
+            self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {said}')
 
     def close(self):
         self.closed.set()

@@ -14,10 +14,11 @@ built from an instance of it, and defines
                                        ValueError for an unknown strategy
     sample(n, steps, strategy='', sampler='', generator=None, callback=None, **options)
                                        -> ids (n, L) after `steps` denoiser calls for the tokens; '' is the
-                                       first strategy or sampler; callback(i, x) after step i = 0, 1, ...;
-                                       also x=..., if it takes a prompt, and z_0=..., if it has the option
-                                       latent=data. ValueError for an unknown name, option or value: begin
-                                       with self.sampling_options(...)
+                                       first strategy or sampler; callback(i, x, z) after step i = 0, 1,
+                                       ..., z the latent or None (negative i: steps of a latent that comes
+                                       before the tokens); also x=..., if it takes a prompt, and z_0=...,
+                                       if it has the option latent=data. ValueError for an unknown name,
+                                       option or value: begin with self.sampling_options(...)
     latents_of(x)                      what z_0 is for texts x, if it has that option
     training_flops(L)                  useful FLOPs of a training step per sequence, see bench.py
 
@@ -38,6 +39,7 @@ class Method(nn.Module):
     samplers = {'ancestral': {}}  # likewise
     takes_prompt = False          # whether `sample` takes x (n, L), with mask_id where it is to fill in
     mask_id = None
+    latent_mask_id = None         # the same of a latent that is a row of codes
     has_latent_space = False      # whether it has reconstruct(x) and interpolate(x_a, x_b, weights)
     encoder_name = ''             # the frozen encoder that it reads texts with: hub id, folder or out/NAME
     wants_summary = False         # whether it needs the encoder's summary of a text, too
@@ -72,6 +74,15 @@ class Method(nn.Module):
         """
         noise = noise or Noise(0, 0, torch.arange(len(x), device=x.device), len(x))
         return sum(sum(self.nll_parts(x, noise.draw(i), z_0=z_0).values()) for i in range(draws)) / draws
+
+    @property
+    def validated(self):
+        """Names of what `validation` returns; a method without a likelihood may have numbers of its own."""
+        return ('nats',) if self.likelihood else ()
+
+    def validation(self, x, noise, z_0=None):
+        """What train.py reports of validation texts: x (b, L) -> {name: a number for each text (b,)}."""
+        return {'nats': self.nll(x, noise, z_0=z_0)}
 
     def sampling_options(self, strategy='', sampler='', **given):
         """-> all options of `sample`, with defaults filled in. strategy, sampler: '' is the first one.

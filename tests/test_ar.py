@@ -92,7 +92,7 @@ def sample_without_cache(method, n, generator, x=None, **options):
 def test_the_cache_changes_nothing(options):
     method, seen = tiny(), []
     x = method.sample(64, generator=generator(2), **options,
-                      callback=lambda i, x: seen.append((i, x.clone())))
+                      callback=lambda i, x, z: seen.append((i, x.clone())))
     assert torch.equal(x, sample_without_cache(method, 64, generator(2), **options))
     assert x.shape == (64, 8) and x.min() >= 0 and x.max() < 5
     assert [i for i, _ in seen] == list(range(8)) and torch.equal(seen[-1][1], x)

@@ -675,7 +675,7 @@ def test_joint_calls(latent):
     model = make(latent).eval()
     calls, moves, states = spy(model, 'hidden_states'), spy(model.channel, 'step'), []
     embedded = spy(model.embed, 'forward')
-    model.sample(8, 4, 'joint', generator=generator(), callback=lambda i, x: states.append(x.clone()))
+    model.sample(8, 4, 'joint', generator=generator(), callback=lambda i, x, z: states.append(x.clone()))
     assert len(calls) == 4
     for i, ((_, z_t, t_z), _) in enumerate(calls):
         torch.testing.assert_close(t_z, torch.full((8,), 1 - i / 4))
@@ -747,7 +747,7 @@ def test_sequential_tokens_keep_their_own_latent(latent):
     model = make(latent).eval()
     moves, calls, states = spy(model.channel, 'step'), spy(model, 'hidden_states'), []
     model.sample(40, 12, 'seq', latent_steps=2, generator=generator(),
-                 callback=lambda i, x: states.append(x.clone()))
+                 callback=lambda i, x, z: states.append(x.clone()))
     z_0 = model.channel.seen(moves[-1][1])
     token_calls, previous, skipped = iter(calls[2:]), torch.full((40, L), V), False
     for state in states:

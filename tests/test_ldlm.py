@@ -263,14 +263,30 @@ def test_sampling_by_name():
     assert torch.equal(last_estimate, calls[3][1]) and torch.equal(calls[3][1], calls[11][1])
     assert not torch.equal(mean, last_estimate)
     shown = []
-    x = model.sample(3, 4, callback=lambda i, x: shown.append((i, x)), generator=generator())
-    assert [i for i, _ in shown] == [0, 1, 2, 3] and torch.equal(shown[-1][1], x)
+    x = model.sample(3, 4, callback=lambda *step: shown.append(step), generator=generator())
+    assert [i for i, _, _ in shown] == [0, 1, 2, 3] and torch.equal(shown[-1][1], x)
+    assert all(torch.equal(model.tokens(z), x) for _, x, z in shown)
 
 
 def test_there_is_no_likelihood_and_no_prompt():
     assert LDLM.likelihood is None and not LDLM.takes_prompt
     with pytest.raises(ValueError, match='LDLM has no option x'):
         build().sample(2, 4, x=texts(2))
+
+
+def test_validation():
+    """Numbers of its own: of each text, without the decoder's noise, at uniform times."""
+    model, x, noise = make().eval(), texts(16), whole(16)
+    found = model.validation(x, noise)
+    h = model.states(x)
+    z = model.encode(h)
+    assert list(found) == list(model.validated) == ['diff_loss', 'state_loss', 'accuracy']
+    torch.testing.assert_close(found['state_loss'], (model.decode(z) - h).square().mean(dim=(1, 2)))
+    assert torch.equal(found['accuracy'], (model.reconstruct(x) == x).float().mean(dim=1))
+    # a denoiser that returns zeros, for a latent of ones: an error of 1 in every text
+    model.encode, model.denoise = torch.ones_like, lambda z_t, t, z_self: torch.zeros_like(z_t)
+    assert torch.equal(model.validation(x, noise)['diff_loss'], torch.ones(16))
+    assert make(stage='autoencoder').validated == ('state_loss', 'accuracy')
 
 
 # ------------------------------------------------------------------------------------------------------------

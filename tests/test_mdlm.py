@@ -276,7 +276,7 @@ def test_large_vocabulary_keeps_rate_and_entropy():
     mask_id, counts = CLASSES * SIZE, []
     x = ancestral(lambda x_t, where: WORD_LOGITS.expand(int(where.sum()), -1),
                   torch.full((20, 100), mask_id), alpha(time_grid(256)), mask_id, generator=generator(),
-                  callback=lambda i, x: counts.append((x != mask_id).sum()))
+                  callback=lambda i, x, z: counts.append((x != mask_id).sum()))
     p = 64 / 256
     assert abs(counts[63] - 2000 * p) < 4.5 * (2000 * p * (1 - p)) ** 0.5
     surprise = -WORD_LOGITS.double()[x.flatten()]
@@ -320,7 +320,7 @@ def test_ancestral_reveals_at_its_rate(schedule):
     steps, masked = 8, []
     alphas = alpha(time_grid(steps), schedule)
     x = ancestral(denoise, torch.full((2000, 16), 4), alphas, 4, generator=generator(),
-                  callback=lambda i, x: masked.append(int((x == 4).sum())))
+                  callback=lambda i, x, z: masked.append(int((x == 4).sum())))
     for i, count in enumerate(masked[:-1]):
         assert is_share(count, 32000, 1 - CLOSED_FORMS[schedule](1 - (i + 1) / steps), slack=1)
     assert len(masked) == steps and masked[-1] == 0
@@ -378,7 +378,7 @@ def test_reverse_step_has_the_exact_marginals(schedule):
     x_t = torch.tensor(STATES).repeat_interleave(n, dim=0)
     after_one = []
     ancestral(lookup(table_of(JOINT)), x_t, torch.tensor([a_t, a_s, 1.0]).double(), 2, generator=generator(),
-              callback=lambda i, x: after_one.append(x.clone()))
+              callback=lambda i, x, z: after_one.append(x.clone()))
     drawn = after_one[0].view(len(STATES), n, 3)
     for i, state in enumerate(STATES):
         posterior = {x_s: q_s[x_s] * q(state, x_s, a_t / a_s) for x_s in STATES}
@@ -470,7 +470,7 @@ def test_remdm_keeps_the_marginals(schedule, eta):
     probs, denoise = constant_denoiser()
     steps, states = 10, []
     x = ancestral(denoise, torch.full((2000, 16), 4), alpha(time_grid(steps), schedule), 4, eta=eta,
-                  generator=generator(), callback=lambda i, x: states.append(x.clone()))
+                  generator=generator(), callback=lambda i, x, z: states.append(x.clone()))
     for i, state in enumerate(states[:-1]):
         p = 1 - CLOSED_FORMS[schedule](1 - (i + 1) / steps)
         assert is_share((state == 4).sum(), 32000, p, slack=1)
@@ -484,7 +484,7 @@ def test_remdm_never_masks_what_was_given():
     _, denoise = constant_denoiser()
     x, states = torch.randint(5, (500, 16), generator=generator()), []
     ancestral(denoise, x, alpha(time_grid(10)), 4, eta=1.0, generator=generator(),
-              callback=lambda i, y: states.append(y.clone()))
+              callback=lambda i, y, z: states.append(y.clone()))
     assert all(torch.equal(y[x != 4], x[x != 4]) for y in states)
 
 

@@ -103,6 +103,25 @@ def test_an_unknown_strategy_has_no_likelihood(name):
         make(name).nll_parts(lines(4), whole(4), 'sequential')
 
 
+@pytest.mark.parametrize('name, strategy, sampler', CHOICES)
+def test_a_callback_sees_every_step(name, strategy, sampler):
+    """(step, x, z): x ends as the result; steps of a latent that comes first are negative, and x waits."""
+    method, seen = make(name), []
+    x = method.sample(3, 4, strategy, sampler, generator=generator(),
+                      callback=lambda i, x, z: seen.append((i, x.clone(), z)))
+    steps = 4 if method.denoiser_calls(4, sampler=sampler) == 4 else L
+    latent_steps = 8 * (strategy == 'seq')
+    assert [i for i, _, _ in seen] == list(range(-latent_steps, steps))
+    assert all((x_t == method.mask_id).all() for i, x_t, _ in seen if i < 0) and torch.equal(seen[-1][1], x)
+    shape = {'mdlm': None, 'ar': None, 'co': (3, 2, 4), 'di': (3, 2), 'ldlm': (3, L, 16)}[name]
+    assert all(shape == (None if z is None else z.shape) for _, _, z in seen)
+    if name == 'di':
+        assert method.latent_mask_id == 5 and (seen[-1][2] < 5).all()
+    if strategy == 'seq':  # the finished latent, from which the same text can be written
+        assert all(torch.equal(z, seen[-1][2]) for i, _, z in seen if i >= -1)
+        assert len(torch.stack([z for i, _, z in seen if i < 0]).unique(dim=0)) > 1
+
+
 @pytest.mark.parametrize('name', TINY_METHODS)
 def test_the_first_of_each_is_the_default(name):
     method = make(name)

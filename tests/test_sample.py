@@ -221,9 +221,9 @@ class Screen(io.StringIO):
 def test_show_redraws_in_place_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sample.time, 'sleep', lambda s: None)
     tok, out = Char(CHARS, True), Screen()
-    callback = sample.show(tok.decode, 10, out)
+    callback = sample.show(tok.decode, 10, None, out)
     for i, x in enumerate([[2, 10, 10], [2, 3, 10]]):
-        callback(i, torch.tensor([x]))
+        callback(i, torch.tensor([x]), None)
     frames = out.getvalue().split('\033[H\033[J')[1:]
     assert frames[0].startswith('\033[1;32ma\033[0m\033[2m░░\033[0m\n')  # one new, two masked
     assert frames[1].startswith('a\033[0m\033[1;32mb\033[0m\033[2m░\033[0m\n')  # one old, one new, one masked
@@ -231,17 +231,40 @@ def test_show_redraws_in_place_on_a_terminal(monkeypatch):
 
 def test_show_prints_some_frames_elsewhere():
     tok, out = Char(CHARS, True), io.StringIO()
-    callback = sample.show(tok.decode, 10, out)
+    callback = sample.show(tok.decode, 10, None, out)
     for i in range(7):
-        callback(i, torch.tensor([[2] * i + [10] * (7 - i)]))
+        callback(i, torch.tensor([[2] * i + [10] * (7 - i)]), None)
     frames = {1: '░' * 7, 2: 'a' + '░' * 6, 4: 'aaa' + '░' * 4}
     assert out.getvalue() == ''.join(f'--- step {i}\n{text}\n' for i, text in frames.items())
 
 
 def test_show_cuts_at_the_edge_of_the_screen():
     chars = [('', c) for c in 'abcd\nefghijk']
-    assert ''.join(c for _, c in sample.fit_screen(chars, columns=4, lines=2)) == 'abcd\nefgh'
-    assert sample.fit_screen(chars, columns=4, lines=3) == chars
+    for lines, shown in (1, 'abcd'), (2, 'abcd\nefgh'), (3, 'abcd\nefgh\nijk'):
+        assert ''.join(c for _, c in sample.fit_screen(chars, columns=4, lines=lines)) == shown
+
+
+def test_show_draws_the_latent():
+    """Vectors as bars, codes as numbers; its steps before those of the tokens have names of their own."""
+    tok, out = Char(CHARS, True), io.StringIO()
+    masked, a = torch.full((1, 130), 10), torch.full((1, 130), 2)
+    vectors = sample.show(tok.decode, 10, None, out)
+    for i, x, z in (-2, masked, [-2.0, 0.0, 2.0]), (-1, masked, [0.1, 0.0, 0.05]), (0, a, [0.1, 0.0, 0.05]):
+        vectors(i, x, torch.tensor([[z]]))
+    codes = sample.show(tok.decode, 10, 5, out)
+    codes(0, a, torch.tensor([[5, 0, 3]]))
+    blocks, text = '\n'.join('░' * n for n in (64, 64, 2)), '\n'.join('a' * n for n in (64, 64, 2))
+    assert out.getvalue() == (f'--- latent step 1\nlatent ▁▅█\n{blocks}\n'
+                              f'--- latent step 2\nlatent █▅▆\n{blocks}\n'
+                              f'--- step 1\nlatent █▅▆\n{text}\n--- step 1\nlatent ░ 0 3\n{text}\n')
+
+
+def test_show_fits_80_columns(capsys):
+    for name, options in ('co', ['--strategy=seq']), ('di', ['--strategy=seq']), ('ldlm', []):
+        make(name, 'out/x', block_size=130, **({'num_latents': 70} if options else {}))
+        sample.main(['--out_dir=out/x', '--num_samples=1', '--steps=2', '--show', '--device=cpu', *options])
+        shown = capsys.readouterr().out.partition('--- sample')[0]
+        assert shown.count('latent ') >= 2 and max(map(len, shown.splitlines())) <= 80, name
 
 
 def test_show_where_nothing_is_masked(capsys):

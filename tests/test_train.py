@@ -82,7 +82,7 @@ def test_validation_does_not_depend_on_the_batch():
     torch.nn.init.normal_(method.head.weight)
     for batch_size in (20, 7, 1):
         c = train.Config(batch_size=batch_size, dtype='float32')
-        values.append(train.Trainer(method, c, torch.device('cpu')).evaluate(Toy(), 20))
+        values.append(train.Trainer(method, c, torch.device('cpu')).evaluate(Toy(), 20)['nats'])
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
