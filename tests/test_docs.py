@@ -124,6 +124,8 @@ def shorten(script, argv):
         return [*names, '--num_samples=32', '--steps=1,2']
     if script == 'lib.plot':
         return argv
+    if script == 'examples.figures':
+        return [*argv, *['--steps=1', '--latent_steps=1'] * ('denoising' in argv)]
     if script == 'bench.py':
         return [*shorten_train(argv, 'bench'), '--vocab_size=8', '--iters=1', '--steps=2', '--num_samples=1']
     raise LookupError(f'tests/test_docs.py does not know how to shorten {script}')
@@ -271,8 +273,8 @@ def run_answers(copy):
 def copy(tmp_path_factory):
     """A copy of the tree, with the reader's own method in it."""
     copy = tmp_path_factory.mktemp('docs') / 'nanoladd'
-    for pattern in ('*.py', 'lib/*.py', 'baselines/*.py', 'config/*.py', 'data/**/*.py',
-                    'assets/paper_ladd.json'):
+    for pattern in ('*.py', 'lib/*.py', 'baselines/*.py', 'config/*.py', 'data/**/*.py', 'examples/*.py',
+                    'assets/paper_ladd.json', 'assets/collapse.jsonl'):
         for path in glob.glob(pattern, root_dir=ROOT, recursive=True):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(os.path.join(ROOT, path), copy / path)
@@ -320,7 +322,8 @@ def mentioned_paths():
     Except for names that stand for others (NAME, OTHER, A ...), and seeds that one may add.
     """
     words = re.findall(r'(?<![\w./-])(?:[\w-]+/)*[\w-]+\.(?:py|md|png|jsonl|json|txt|yml)\b'
-                       r'|(?<![\w./-])(?:data|config|assets|tests|out|lib|baselines)/[\w./*-]*', EVERYTHING)
+                       r'|(?<![\w./-])(?:data|config|assets|tests|out|lib|baselines|examples)/[\w./*-]*',
+                       EVERYTHING)
     documents = ('README.md', 'TUTORIAL.md', 'RESULTS.md', 'CONTRIBUTING.md')
     stands_for_others = re.compile(r'[A-Z]{4}|_seed1|out/[A-Z]+$')
     return sorted({w.rstrip('.') for w in words if w in documents or not stands_for_others.search(w)})

@@ -1,0 +1,232 @@
+"""
+The pictures of README.md and TUTORIAL.md. Each command draws one again, in its place.
+
+    python -m examples.figures wave                              a bias, and texts that it gives
+    python -m examples.figures noise                             tokens and latent, joint and sequential
+    python -m examples.figures posterior                         what visible tokens tell about the shift
+    python -m examples.figures collapse [out/A out/B ...]        LDLM's latents with and without warmup
+    python -m examples.figures denoising out/sawtooth_co_ladd    joint beside sequential sampling, moving
+    options: --save=FILE, and of denoising --steps=4 --latent_steps=16
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from ladd import abar
+from lib.configurator import Keys, UserError, configure, key, run
+from lib.files import read_lines
+from lib.plot import ASSETS, log_scale, plt, save
+from mdlm import alpha
+from methods import open_run
+from sawtooth import PERIOD, Exact, L, Sawtooth, bias
+
+TOKENS = ListedColormap(['#eaf2fb', '#08306b', '#e6c88f'])  # of 0, 1 and 2 = [mask]
+
+
+@dataclass
+class Config(Keys):
+    save: str = ''                 # the picture; empty: its place in assets/
+
+
+@dataclass
+class DenoisingConfig(Config):
+    steps: int = key(4, at_least=1)          # that reveal tokens
+    latent_steps: int = key(16, at_least=1)  # before them, of sequential sampling
+
+
+def draw_tokens(ax, x, **options):
+    """Tokens (rows, columns) as an image -> the image."""
+    ax.set(yticks=[])
+    return ax.imshow(x.numpy(), cmap=TOKENS, vmin=0, vmax=2, aspect='auto', interpolation='nearest',
+                     **options)
+
+
+def explain_tokens(chart, kinds=3, **options):
+    """A legend for TOKENS."""
+    patches = [Patch(facecolor=TOKENS(i), edgecolor='grey', label=name)
+               for i, name in enumerate(('0', '1', '[mask]')[:kinds])]
+    chart.legend(handles=patches, ncols=kinds, frameon=False, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# chapters 1 to 4
+
+def wave(path):
+    """The bias for one shift, and eight texts drawn from it."""
+    p = bias(torch.tensor(0.1))
+    texts = (torch.rand(8, L, generator=torch.Generator().manual_seed(0)) < p).long()
+    chart, (top, bottom) = plt.subplots(2, 1, figsize=(7, 2.8), sharex=True, height_ratios=(3, 2))
+    top.plot(p, color='C3')
+    top.set(ylabel='p(token is 1)')
+    draw_tokens(bottom, texts)
+    bottom.set(xlabel='place in the text', ylabel='8 texts')
+    explain_tokens(chart, 2, loc='upper right')
+    save(chart, path)
+
+
+def posterior(path):
+    """p(shift | visible tokens) of the exact denoiser, as one text is uncovered."""
+    exact, w, generator = Exact(), 0.2, torch.Generator().manual_seed(1)
+    x = (torch.rand(L, generator=generator) < bias(torch.tensor(w))).long()
+    order = torch.randperm(L, generator=generator)
+    shifts = (torch.arange(len(exact.p)) + 0.5) / len(exact.p)  # in periods
+    chart, ax = plt.subplots(figsize=(6, 3.2))
+    counts = (0, 1, 4, 16, 64, 128)
+    for i, n in enumerate(counts):
+        x_t = torch.full((1, L), 2)
+        x_t[0, order[:n]] = x[order[:n]]
+        density = exact.log_likelihood(x_t)[0].softmax(dim=0) * len(shifts)
+        ax.plot(shifts, density, color=plt.cm.viridis_r((i + 1) / len(counts)), label=f'{n}')
+    ax.axvline(w / PERIOD, color='grey', ls='--', lw=1, label='the true shift')
+    ax.set(xlabel='shift, in periods', ylabel='probability density', ylim=0)
+    ax.legend(title='visible tokens', fontsize='small')
+    save(chart, path)
+
+
+def noise(path):
+    """A text and its latent on the way from noise, in both strategies; the noise that is left."""
+    columns, D, generator = 48, 16, torch.Generator().manual_seed(0)
+    x = Sawtooth().texts(1)[0]
+    place, (z_0, eps) = torch.rand(L, generator=generator), torch.randn(2, D, generator=generator)
+    z_0 = z_0.sort().values  # so that one sees when it is reached
+    done = (torch.arange(columns) + 0.5) / columns
+    times = {'joint': (1 - done, 1 - done),
+             'sequential': ((2 - 2 * done).clamp(max=1), (1 - 2 * done).clamp(min=0))}
+    chart, axes = plt.subplots(3, 2, figsize=(7, 4.6), sharex=True, sharey='row', height_ratios=(4, 2, 2))
+    for (tokens, latent, lines), (strategy, (t_x, t_z)) in zip(axes.T, times.items()):
+        x_t = torch.where(place[:, None] < alpha(t_x), x[:, None], 2)
+        a = abar(t_z)
+        draw_tokens(tokens, x_t, extent=(0, 1, 0, 1))
+        z_t = a * z_0[:, None] + (1 - a**2).sqrt() * eps[:, None]
+        latent.imshow(z_t.numpy(), cmap='PuOr', vmin=-2.5, vmax=2.5, aspect='auto', interpolation='nearest',
+                      extent=(0, 1, 0, 1))
+        lines.plot(done, 1 - alpha(t_x), color='#b8893a', label='tokens: share masked')
+        lines.plot(done, 1 - a**2, color='C4', ls='--', label='latent: share of noise in its variance')
+        tokens.set(title=strategy)
+        lines.set(xlabel='share of the sampling that is done')
+    axes[0, 0].set_ylabel(f'{L} tokens')
+    axes[1, 0].set(yticks=[], ylabel=f'a latent\'s {D}\ncoordinates')
+    axes[2, 0].set_ylabel('noise')
+    chart.legend(*axes[2, 0].get_legend_handles_labels(), loc='lower center', ncols=2, frameon=False,
+                 bbox_to_anchor=(0.5, -0.06))
+    explain_tokens(chart, loc='upper center', bbox_to_anchor=(0.5, 1.02))
+    save(chart, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# chapter 5
+
+def collapse(path, *names):
+    """Variance of the latents and accuracy of the decoder in training, of runs or of a FILE.jsonl of them."""
+    curves, names = {}, names or [os.path.join(ASSETS, 'collapse.jsonl')]
+    for name in names:
+        records = read_lines(name if name.endswith('.jsonl') else os.path.join(name, 'log.jsonl'))
+        for r in records:
+            if 'latent_var' in r:
+                curves.setdefault(r.get('run', name), []).append((r['step'], r['latent_var'], r['accuracy']))
+    if not curves:
+        raise UserError(f'{" and ".join(names)}: no log of an LDLM, with latent_var and accuracy')
+    chart, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4), sharex=True)
+    for label, points in curves.items():
+        steps, variances, accuracies = zip(*points)
+        top.plot(steps, variances, label=label)
+        bottom.plot(steps, accuracies, lw=1)
+    log_scale(top.yaxis)
+    top.set(ylabel='variance of a latent')
+    bottom.set(xlabel='step', ylabel='accuracy of the decoder', ylim=(0, 1))
+    top.legend(fontsize='small')
+    save(chart, path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the animation of the README
+
+@torch.no_grad()
+def frames(method, strategy, n, steps, **options):
+    """n texts after each step of sampling: [(x (n, L), z (n, M D), how far it is)], and their shifts (n,).
+
+    Sorted by shift, the likeliest of each finished text.
+    """
+    seen, latent_steps = [], options.get('latent_steps', 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def callback(i, x, z):
+        done = f'token step {max(i + 1, 0)} of {steps}'
+        if latent_steps:
+            done = f'latent step {min(i + 1, 0) + latent_steps} of {latent_steps}, {done}'
+        seen.append((x.clone(), method.channel.seen(z).flatten(1), done))
+    x = method.sample(n, steps, strategy, generator=generator, callback=callback, **options)
+    exact = Exact()
+    shift = exact.log_likelihood(x).argmax(dim=1)
+    order = shift.argsort()
+    return [(x_t[order], z[order], done) for x_t, z, done in seen], shift[order] / len(exact.p)
+
+
+@torch.no_grad()
+def plane(method, n=1024):
+    """The plane in which latents of data differ most -> z (n, M D) to places in it (n, 2); those of data."""
+    clean = method.channel.seen(method.channel.state(method.encode(Sawtooth('val').texts(n)))).flatten(1)
+    mean = clean.mean(dim=0)
+    axes = torch.linalg.svd(clean - mean, full_matrices=False)[2][:2].T
+
+    def project(z):
+        return (z - mean) @ axes
+    return project, project(clean)
+
+
+def denoising(path, out_dir, steps, latent_steps, n=96):
+    """Joint sampling beside sequential sampling of LADD: texts above, latents below."""
+    method, config = open_run(out_dir, 'cpu')
+    if config['dataset'] != 'sawtooth' or 'seq' not in method.strategies:
+        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; this animation is of '
+                        'ladd on sawtooth')
+    project, data = plane(method)
+    runs = {'joint': frames(method, 'joint', n, steps),
+            'sequential': frames(method, 'seq', n, steps, latent_steps=latent_steps)}
+    chart, axes = plt.subplots(2, 2, figsize=(7, 6), layout='constrained')
+    reach, moving = 1.3 * max(data.abs().max().item(), 2.0), []
+    for (top, bottom), (strategy, (states, shift)) in zip(axes.T, runs.items()):
+        bottom.scatter(*data.T, s=2, color='0.85')
+        bottom.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[])
+        points = bottom.scatter(*torch.zeros(2, n), s=9, c=shift, cmap='hsv', vmin=0, vmax=1)
+        top.set(xticks=[])
+        moving.append((top, draw_tokens(top, torch.full((n, L), 2)), points, strategy, states))
+    axes[0, 0].set_ylabel('texts, one per row')
+    axes[1, 0].set_ylabel('their latents')
+    total = steps + latent_steps
+
+    def draw(frame):
+        for ax, image, points, strategy, states in moving:
+            x, z, done = states[max(0, -(-min(frame, total) * len(states) // total) - 1)]
+            image.set_data(x.numpy())
+            points.set_offsets(project(z).numpy())
+            ax.set_title(f'{strategy}: {done}', fontsize='small')
+    try:
+        FuncAnimation(chart, draw, frames=range(1, total + 11)).save(path, PillowWriter(fps=4), dpi=90)
+    except (OSError, ValueError) as e:  # ValueError: no format of that name
+        raise UserError(f'cannot write {path} ({e})') from e
+    plt.close(chart)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def main(argv):
+    kind, *names = [a for a in argv if not a.startswith('-')] or ['']
+    drawings = {draw.__name__: draw for draw in (wave, noise, posterior, collapse, denoising)}
+    most = {'collapse': 99, 'denoising': 1}.get(kind, 0)
+    if kind not in drawings or len(names) > most or kind == 'denoising' and not names:
+        raise UserError('python -m examples.figures wave | noise | posterior | collapse [out/A out/B ...] | '
+                        'denoising out/NAME')
+    moving = kind == 'denoising'
+    c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
+    path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
+    drawings[kind](path, *names, **c)
+    print(path)
+
+
+if __name__ == '__main__':
+    run(main, DenoisingConfig)

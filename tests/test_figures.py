@@ -1,0 +1,75 @@
+"""examples/figures.py. tests/test_docs.py runs each of its commands, since they are in the documents."""
+import json
+import os
+
+import pytest
+import torch
+from helpers import fails, make
+from PIL import Image
+
+from examples import figures
+from sawtooth import L, Sawtooth
+
+TINY = dict(dataset='sawtooth', vocab_size=2, block_size=L)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['co', 'di'])
+def test_frames_of_both_strategies(name):
+    """A state after every step, in one order of the texts: that of their shifts at the end."""
+    method = make(name, **TINY)
+    states, shift = figures.frames(method, 'joint', 8, 3)
+    assert [done for *_, done in states] == [f'token step {i} of 3' for i in (1, 2, 3)]
+    assert all(z.shape == (8, 8) for _, z, _ in states) and (shift.diff() >= 0).all() and shift.max() < 1
+    for (x, _, _), (later, _, _) in zip(states, states[1:]):
+        assert torch.equal(later[x < 2], x[x < 2])  # a row stays the same text
+    states, _ = figures.frames(method, 'seq', 8, 2, latent_steps=3)
+    assert [(x == 2).all().item() for x, _, _ in states] == [True] * 3 + [False] * 2
+    assert [done for *_, done in states][2:4] == ['latent step 3 of 3, token step 0 of 2',
+                                                  'latent step 3 of 3, token step 1 of 2']
+
+
+def test_the_plane_holds_what_differs():
+    method = make('co', **TINY)
+    project, data = figures.plane(method, 64)
+    z = method.encode(Sawtooth('val').texts(64)).flatten(1)
+    total = (z - z.mean(dim=0)).square().sum()
+    assert torch.equal(project(z), data) and 0.5 * total < data.square().sum() < total * 1.0001
+
+
+def test_the_animation_moves(capsys):
+    make('di', 'out/x', **TINY)
+    figures.main(['denoising', 'out/x', '--steps=1', '--latent_steps=2', '--save=x.gif'])
+    assert capsys.readouterr().out == 'x.gif\n'
+    with Image.open('x.gif') as picture:
+        assert picture.n_frames >= 3 and os.path.getsize('x.gif') < 600_000
+
+
+def test_collapse_of_runs_and_of_kept_logs(monkeypatch):
+    os.makedirs('out/a')
+    for path, runs in ('out/a/log.jsonl', [{}]), ('kept.jsonl', [{'run': 'b'}, {'run': 'c'}]):
+        with open(path, 'w') as f:
+            f.writelines(json.dumps({'step': i, 'latent_var': 0.1, 'accuracy': 0.5, **run}) + '\n'
+                         for i in (1, 2) for run in runs)
+    labels, save = [], figures.save
+    monkeypatch.setattr(figures, 'save', lambda chart, path: (
+        labels.extend(chart.axes[0].get_legend_handles_labels()[1]), save(chart, path)))
+    figures.main(['collapse', 'out/a', 'kept.jsonl', '--save=x.png'])
+    assert labels == ['out/a', 'b', 'c'] and os.path.getsize('x.png') > 1000
+
+
+@pytest.mark.parametrize('argv, match', [
+    ([], 'wave | noise'), (['waves'], 'wave | noise'), (['wave', 'out/x'], 'wave | noise'),
+    (['denoising'], 'denoising out/NAME'), (['denoising', 'out/none'], 'out/none'),
+    (['denoising', 'out/m'], 'of ladd on sawtooth'), (['wave', '--steps=3'], 'steps'),
+    (['collapse', 'out/m'], 'no log of an LDLM'), (['denoising', 'out/x', '--steps=0'], 'at least 1'),
+    (['wave', '--save=no/where.png'], 'cannot write'),
+    (['denoising', 'out/x', '--steps=1', '--latent_steps=1', '--save=no/where.gif'], 'cannot write')])
+def test_mistakes(argv, match, monkeypatch, capsys):
+    make('mdlm', 'out/m', **TINY)
+    make('co', 'out/x', **TINY)
+    assert match in fails(figures, monkeypatch, capsys, *argv)
