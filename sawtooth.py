@@ -304,9 +304,11 @@ def figure(records, path):
               'exact joint ahead': 'C7'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
-        style = dict(ls='--', lw=1, alpha=0.7) if name.startswith('exact') else dict(marker='o', ms=4)
+        exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})
+        style = dict(ls='--', lw=1, alpha=0.7) if exact else dict(marker='o', ms=3)
+        label = name if exact else f'{name} ({" or ".join(map(str, runs))} seed{"s" * (runs[-1] > 1)})'
         curve(plt.gca(), list(values), list(values.values()), color=colors.get(name),
-              label=literally(name), **style)
+              label=literally(label), **style)
     floor = np.mean([r['swd'] for r in records if r['name'] == 'data'])
     plt.axhline(floor, color='grey', lw=1, label='data against data')
     plt.xscale('log', base=2)

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from ladd import abar
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.files import read_lines
-from lib.plot import ASSETS, log_scale, plt, save
+from lib.plot import ASSETS, plt, save
 from mdlm import alpha
 from methods import open_run
 from sawtooth import PERIOD, Exact, L, Sawtooth, bias
@@ -130,15 +130,15 @@ def collapse(path, *names):
                 curves.setdefault(r.get('run', name), []).append((r['step'], r['latent_var'], r['accuracy']))
     if not curves:
         raise UserError(f'{" and ".join(names)}: no log of an LDLM, with latent_var and accuracy')
-    chart, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4), sharex=True)
+    chart, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4.2), sharex=True)
     for label, points in curves.items():
         steps, variances, accuracies = zip(*points)
         top.plot(steps, variances, label=label)
         bottom.plot(steps, accuracies, lw=1)
-    log_scale(top.yaxis)
-    top.set(ylabel='variance of a latent')
-    bottom.set(xlabel='step', ylabel='accuracy of the decoder', ylim=(0, 1))
-    top.legend(fontsize='small')
+    top.set(ylabel='variance of the latents', yscale='log')
+    bottom.set(xlabel='step', ylabel='accuracy', ylim=(0, 1))
+    chart.legend(*top.get_legend_handles_labels(), loc='upper center', ncols=len(curves), frameon=False,
+                 fontsize='small')
     save(chart, path)
 
 

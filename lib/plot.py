@@ -9,8 +9,9 @@ Tables and figures of what train.py and eval.py have written.
 The frontier asks what a given amount of computing buys. Gen PPL is interpolated linearly between measured
 costs, and is n/a outside of them. Entropy stands beside it, because repeating oneself lowers Gen PPL, too.
 Runs that differ only in their seed (out/A, out/A_seed1, ...) are one curve: mean and standard deviation in
-the tables, mean and range in the figure. FILE.jsonl in place of a folder is a copy of results, for runs that
-are gone. `python eval.py out/A out/B ...` measures first what is missing.
+the tables, mean and range in the figure. Seconds are points, one for each measurement. FILE.jsonl in place
+of a folder is a copy of results, for runs that are gone. `python eval.py out/A out/B ...` measures first what
+is missing.
 """
 import json
 import os
@@ -23,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib.configurator import Keys, UserError, configure, key, run
@@ -123,7 +125,8 @@ def beside(name, kind):
 # losses
 
 def log(folders, path, out):
-    figure, ax = plt.subplots(figsize=(6, 4))
+    """Training objective above, validation below: not one axis, since the objective may be any multiple."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6), sharex=True)
     for i, folder in enumerate(folders):
         records = read_lines(os.path.join(folder, 'log.jsonl'), ('step', 'loss', 'val_loss'))
         train, val = ([(r['step'], r[name]) for r in records if None not in (r.get(name), r.get('step'))]
@@ -132,14 +135,17 @@ def log(folders, path, out):
             raise UserError(f'{folder} holds no log.jsonl with losses; train.py writes it')
         name = literally(folder)
         if train:
-            ax.plot(*zip(*train), color=f'C{i}', alpha=0.3, lw=0.7, label=f'{name}, training objective')
+            top.plot(*zip(*train), color=f'C{i}', lw=0.7, label=name)
         if val:
-            ax.plot(*zip(*val), color=f'C{i}', marker='.', label=f'{name}, validation')
+            bottom.plot(*zip(*val), color=f'C{i}', marker='.', label=name)
             (step, loss), best = val[-1], min(loss for _, loss in val)
             print(f'{folder}: validation {loss:.4f} nats per token at step {step:,}, best {best:.4f}',
                   file=out)
-    ax.set(xlabel='step', ylabel='loss (nats per token)')
-    ax.legend()
+    top.set(ylabel='training objective')
+    bottom.set(xlabel='step', ylabel='validation (nats per token)')
+    for ax in (top, bottom):
+        if ax.lines:
+            ax.legend(fontsize='small')
     save(figure, path)
 
 
@@ -179,6 +185,12 @@ def measured(names):
     return results
 
 
+def setting(r, name):
+    """A setting of a result. How many threads a CPU had is none: only seconds depend on it."""
+    value = r.get(name)
+    return re.sub(r' \(\d+ threads\)$', '', value) if name == 'device' and value else value
+
+
 def curves(results):
     """{label: its runs, each a list of results by rising cost}. Only results of equal settings make a curve.
 
@@ -187,7 +199,7 @@ def curves(results):
     """
     groups = {}
     for r in results:
-        group = re.sub(r'_seed\d+$', '', r['model']), tuple(r.get(name) for name in SETTINGS)
+        group = re.sub(r'_seed\d+$', '', r['model']), tuple(setting(r, name) for name in SETTINGS)
         groups.setdefault(group, {}).setdefault((r['model'], r.get('seed')), {})[r['gflops']] = r
 
     def shown(i):
@@ -269,27 +281,37 @@ def frontier(results, path, out, paper=None, costs=None, seconds='seconds_per_sa
                      for i, row in enumerate(rows)]
             print_table(f'{name} at {axis}', map(written, columns[axis]), cells, out)
 
+    figure, axes = draw_frontier(labelled, costs_of, seconds)
+    if paper:
+        add_paper(paper, axes[:, 0], out)
+    axes[0, 1].legend(*axes[0, 0].get_legend_handles_labels(), fontsize='x-small', loc='upper left',
+                      bbox_to_anchor=(1, 1))  # outside, where it covers nothing
+    save(figure, path)
+
+
+def draw_frontier(labelled, costs_of, seconds):
+    """Lines against GFLOPs; against seconds, which depend on the machine's other work, points."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex='col', sharey='row', height_ratios=(3, 2))
     for i, (label, runs) in enumerate(labelled.items()):
-        def at(name, runs=runs, costs=costs_of[label]):
-            return [values_at(runs, 'gflops', g, name) for g in costs]
-        for (top, bottom), axis in zip(axes.T, ('gflops', seconds)):
-            x, color = [mean_and_deviation(v)[0] for v in at(axis)], f'C{i}'
-            curve(top, x, at('gen_ppl'), fmt='.-', color=color, label=literally(label))
-            curve(bottom, x, at('entropy_sample'), fmt='.-', color=color, label='' if i else 'per sample')
-            curve(bottom, x, at('entropy_position'), fmt='.:', color=color, label='' if i else 'per position')
+        for name, (left, right), marker, dashes in (('gen_ppl', axes[0], '.', '-'),
+                                                    ('entropy_sample', axes[1], '.', '-'),
+                                                    ('entropy_position', axes[1], 'x', ':')):
+            values = [values_at(runs, 'gflops', g, name) for g in costs_of[label]]
+            curve(left, costs_of[label], values, fmt=marker + dashes, ms=5, color=f'C{i}',
+                  label=literally(label))
+            timed = [(r[seconds], r[name]) for run in runs for r in run
+                     if r.get(seconds) is not None and r.get(name) is not None]
+            right.plot(*np.reshape(timed, (-1, 2)).T, marker, ms=5, color=f'C{i}')
     axes[0, 0].set(ylabel='Gen PPL')
     axes[1, 0].set(ylabel='entropy (nats)', xlabel='GFLOPs per sample')
     axes[1, 1].set(xlabel=seconds.replace('_', ' '))
     for ax in axes.flat:
         log_scale(ax.xaxis)
     log_scale(axes[0, 0].yaxis)
-    if paper:
-        add_paper(paper, axes[:, 0], out)
-    for left, right in axes:  # labels outside, where they cover nothing
-        right.legend(*left.get_legend_handles_labels(), fontsize='x-small', loc='upper left',
-                     bbox_to_anchor=(1, 1))
-    save(figure, path)
+    kinds = [Line2D([], [], color='0.3', marker=marker, ls=dashes, label=name)
+             for name, marker, dashes in (('within a sample', '.', '-'), ('of a position', 'x', ':'))]
+    axes[1, 1].legend(handles=kinds, fontsize='x-small', loc='upper left', bbox_to_anchor=(1, 1))
+    return figure, axes
 
 
 def add_paper(paper, axes, out):

@@ -615,6 +615,22 @@ def test_a_curve_is_mean_and_range():
     plot.plt.close('all')
 
 
+def test_seconds_are_points_and_every_line_has_a_legend(monkeypatch):
+    """Also of seeds that were timed with other numbers of threads."""
+    write_results('a', [(10, 200.0), (20, 100.0)], device='cpu (1 threads)')
+    write_results('a_seed1', [(10, 220.0), (20, 120.0)], device='cpu (2 threads)')
+    figures = []
+    monkeypatch.setattr(plot, 'save', lambda figure, path: figures.append(figure))
+    drawn(['a', 'a_seed1'])
+    gen_ppl, timed, entropy, _ = figures[0].axes
+    line, = (c[0] for c in gen_ppl.containers)
+    assert line.get_xydata().tolist() == [[10, 210.0], [20, 110.0]]
+    assert [p.get_linestyle() for p in timed.lines] == ['None']
+    assert timed.lines[0].get_xydata().tolist() == [[1, 200], [2, 100], [1, 220], [2, 120]]
+    legends = [[t.get_text() for t in ax.get_legend().get_texts()] for ax in figures[0].axes[1::2]]
+    assert legends == [['a (2 seeds)'], ['within a sample', 'of a position']] and len(entropy.containers) == 2
+
+
 def test_other_settings_are_another_curve():
     write_results('a', [(10, 200.0)], strategy='joint', temperature=1.0)
     write_results('a', [(10, 100.0), (20, 50.0)], strategy='seq', temperature=1.0)
@@ -802,16 +818,18 @@ def test_names_are_drawn_as_they_are(name, drawn):
 
 def test_loss_curves(monkeypatch, capsys):
     os.makedirs('a')
-    save, labels = plot.save, []
-    monkeypatch.setattr(plot, 'save', lambda figure, path: (
-        labels.extend(figure.axes[0].get_legend_handles_labels()[1]), save(figure, path)))
+    save, figures = plot.save, []
+    monkeypatch.setattr(plot, 'save', lambda figure, path: (figures.append(figure), save(figure, path)))
     with open('a/log.jsonl', 'w') as f:
         f.write('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n'
                 '{"step": 2, "val_loss": 2.5, "val_ppl": 12.2}\n{"step": 3, "lo')
     plot.main(['log', 'a'])
     assert '2.5000 nats per token at step 2' in capsys.readouterr().out
     assert os.path.getsize('a/log.png') > 1000
-    assert labels == ['a, training objective', 'a, validation']
+    objective, validation = figures[0].axes  # they have no axis in common
+    for ax, points in (objective, [[1, 3.0]]), (validation, [[2, 2.5]]):
+        assert [line.get_xydata().tolist() for line in ax.lines] == [points]
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ['a']
 
 
 @pytest.mark.parametrize('argv, match', [

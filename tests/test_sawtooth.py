@@ -19,6 +19,7 @@ from helpers import generator, whole
 import sawtooth
 import train
 from ladd import LADD, code_step, joint
+from lib import plot
 from lib.configurator import UserError
 from lib.files import append
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
@@ -322,6 +323,22 @@ def table(capsys):
 
 def swd_of(records, steps):
     return [r['swd'] for r in records if r.get('steps') == steps]
+
+
+def test_the_figure_tells_how_many_seeds(monkeypatch):
+    """Mean and range of those; the exact curves and the floor have none."""
+    records = [dict(name='MDLM', strategy='joint', steps=T, swd=d)
+               for T, d in ((1, .2), (1, .4), (1, .3), (2, .1))]
+    records += [dict(name='exact', strategy='MDLM', steps=1, swd=.3), dict(name='data', swd=.01)]
+    charts = []
+    monkeypatch.setattr(plot, 'save', lambda chart, path: charts.append(chart))
+    sawtooth.figure(records, 'x.png')
+    ax, = charts[0].axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == ['MDLM (1 or 3 seeds)', 'data against data', 'exact MDLM']
+    (line, _, (bars,)), *_ = ax.containers
+    np.testing.assert_allclose(line.get_ydata(), [.3, .1])
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [.2, .4])
 
 
 TINY = ['--dataset=sawtooth', '--hidden=8', '--num_layers=1', '--num_heads=1', '--cond_dim=4',
