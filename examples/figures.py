@@ -217,11 +217,10 @@ def denoising(path, out_dir, steps, latent_steps, n=96):
 def main(argv):
     kind, *names = [a for a in argv if not a.startswith('-')] or ['']
     drawings = {draw.__name__: draw for draw in (wave, noise, posterior, collapse, denoising)}
-    most = {'collapse': 99, 'denoising': 1}.get(kind, 0)
-    if kind not in drawings or len(names) > most or kind == 'denoising' and not names:
+    moving = kind == 'denoising'
+    if kind not in drawings or (len(names) != 1 if moving else names and kind != 'collapse'):
         raise UserError('python -m examples.figures wave | noise | posterior | collapse [out/A out/B ...] | '
                         'denoising out/NAME')
-    moving = kind == 'denoising'
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
     drawings[kind](path, *names, **c)

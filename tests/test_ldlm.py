@@ -894,11 +894,14 @@ def test_kill_and_resume_continue_exactly(monkeypatch, trained_encoder):
     assert same(a, b) and {'times.p', 'times.sums', 'state_mean', 'state_std'} <= a.keys()
     assert not torch.equal(a['times.p'], torch.full((4,), 0.25)) and a['state_std'].all()
     logged = ('gamma', 'diff_t0', 'diff_t75', 'time_bins', 'accuracy', 'latent_var')
-    assert not any(r.get(k) is None for r in log('whole') for k in logged)
+    assert not any(r.get(k) is None for r in log('whole') if 'loss' in r for k in logged)
     method, _ = methods.open_run('whole', torch.device('cpu'))
     assert method.sample(2, 3).shape == (2, 16)
     methods.attach_encoder(method, Toy(), torch.device('cpu'))
-    assert method.reconstruct(Toy().rows(torch.arange(3))[0]).shape == (3, 16)
+    x, = Toy().rows(torch.arange(20))
+    validated = {r['step']: r for r in log('whole') if 'val_diff_loss' in r and 'val_state_loss' in r}
+    accuracy = (method.reconstruct(x) == x).float().mean()
+    assert list(validated) == [10, 20, 22] and validated[22]['val_accuracy'] == pytest.approx(accuracy)
 
 
 def test_one_phase_after_another(trained_encoder):
@@ -967,6 +970,8 @@ def test_two_processes_keep_one_state(trained_encoder, tmp_path):
     a, b = weights('one'), weights('two')
     assert not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-3)]
     assert (a['times.sums'] != 0).all()
+    one, two = ([r['val_diff_loss'] for r in log(name) if 'val_diff_loss' in r] for name in ('one', 'two'))
+    assert len(one) == 1 and one == pytest.approx(two, rel=1e-2)
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ def test_a_method_of_ones_own():
     for steps in (1, 2, 4):
         assert method.denoiser_calls(steps) == steps == calls_of(method, steps)
         assert method.sampling_flops(L, steps) == steps * of_dit(L)
-    assert method.backbones() == [method.dit] and method.likelihood is None
+    assert method.backbones() == [method.dit] and method.likelihood is None and method.validated == ()
     assert method.sampling_options() == {'strategy': 'joint', 'sampler': 'ancestral'}
     assert method.encoder_name == '' and method.stored_latents == {} and method.untrained_part == ''
     assert not (method.takes_prompt or method.has_latent_space or method.wants_summary)
