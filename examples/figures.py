@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from ladd import abar
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.files import read_lines
-from lib.plot import ASSETS, plt, save
+from lib.plot import ASSETS, check_ending, literally, plt, save
 from mdlm import alpha
 from methods import open_run
 from sawtooth import PERIOD, Exact, L, Sawtooth, bias
@@ -124,18 +124,19 @@ def collapse(path, *names):
     """Variance of the latents and accuracy of the decoder in training, of runs or of a FILE.jsonl of them."""
     curves, names = {}, names or [os.path.join(ASSETS, 'collapse.jsonl')]
     for name in names:
-        records = read_lines(name if name.endswith('.jsonl') else os.path.join(name, 'log.jsonl'))
-        for r in records:
-            if 'latent_var' in r:
-                curves.setdefault(r.get('run', name), []).append((r['step'], r['latent_var'], r['accuracy']))
+        path_of_log = name if name.endswith('.jsonl') else os.path.join(name, 'log.jsonl')
+        for r in read_lines(path_of_log, ('step', 'latent_var', 'accuracy'), ('run',)):
+            point = r.get('step'), r.get('latent_var'), r.get('accuracy')
+            if None not in point:
+                curves.setdefault(r.get('run') or name, []).append(point)
     if not curves:
         raise UserError(f'{" and ".join(names)}: no log of an LDLM, with latent_var and accuracy')
-    chart, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4.2), sharex=True)
+    chart, (top, bottom) = plt.subplots(2, 1, figsize=(5, 3.1), sharex=True)
     for label, points in curves.items():
         steps, variances, accuracies = zip(*points)
-        top.plot(steps, variances, label=label)
+        top.plot(steps, variances, label=literally(label))
         bottom.plot(steps, accuracies, lw=1)
-    top.set(ylabel='variance of the latents', yscale='log')
+    top.set(ylabel='latent variance', yscale='log')
     bottom.set(xlabel='step', ylabel='accuracy', ylim=(0, 1))
     chart.legend(*top.get_legend_handles_labels(), loc='upper center', ncols=len(curves), frameon=False,
                  fontsize='small')
@@ -187,7 +188,8 @@ def denoising(path, out_dir, steps, latent_steps, n=96):
     project, data = plane(method)
     runs = {'joint': frames(method, 'joint', n, steps),
             'sequential': frames(method, 'seq', n, steps, latent_steps=latent_steps)}
-    chart, axes = plt.subplots(2, 2, figsize=(7, 6), layout='constrained')
+    chart, axes = plt.subplots(2, 2, figsize=(7, 6))
+    chart.subplots_adjust(left=0.04, right=0.99, bottom=0.02, top=0.95, wspace=0.04, hspace=0.04)
     reach, moving = 1.3 * max(data.abs().max().item(), 2.0), []
     for (top, bottom), (strategy, (states, shift)) in zip(axes.T, runs.items()):
         bottom.scatter(*data.T, s=2, color='0.85')
@@ -207,8 +209,8 @@ def denoising(path, out_dir, steps, latent_steps, n=96):
             ax.set_title(f'{strategy}: {done}', fontsize='small')
     try:
         FuncAnimation(chart, draw, frames=range(1, total + 11)).save(path, PillowWriter(fps=4), dpi=90)
-    except (OSError, ValueError) as e:  # ValueError: no format of that name
-        raise UserError(f'cannot write {path} ({e})') from e
+    except OSError as e:
+        raise UserError(f'cannot write {path} ({e.strerror})') from e
     plt.close(chart)
 
 
@@ -223,6 +225,10 @@ def main(argv):
                         'denoising out/NAME')
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
+    if not moving:
+        check_ending(path)
+    elif not path.endswith('.gif'):
+        raise UserError(f'--save={path}: the name of an animation ends with .gif')
     drawings[kind](path, *names, **c)
     print(path)
 

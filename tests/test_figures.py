@@ -67,7 +67,7 @@ def test_collapse_of_runs_and_of_kept_logs(monkeypatch):
     (['denoising'], 'denoising out/NAME'), (['denoising', 'out/none'], 'out/none'),
     (['denoising', 'out/m'], 'of ladd on sawtooth'), (['wave', '--steps=3'], 'steps'),
     (['collapse', 'out/m'], 'no log of an LDLM'), (['denoising', 'out/x', '--steps=0'], 'at least 1'),
-    (['wave', '--save=no/where.png'], 'cannot write'),
+    (['wave', '--save=x.doc'], 'ends with .png'), (['denoising', 'out/x', '--save=x.png'], 'ends with .gif'),
     (['denoising', 'out/x', '--steps=1', '--latent_steps=1', '--save=no/where.gif'], 'cannot write')])
 def test_mistakes(argv, match, monkeypatch, capsys):
     make('mdlm', 'out/m', **TINY)
