@@ -136,7 +136,7 @@ def reverse(denoise, z, V, alphas, kappas, tail='ancestral', generator=None, cal
         else:
             z = psi_step(z, p_z, drawn, alphas[i], alphas[i + 1], kappa, V, generator)
         if callback:
-            callback(i, z)
+            callback(i, z, None)
     return z
 
 

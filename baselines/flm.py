@@ -97,7 +97,7 @@ def euler(denoise, y, ts, cs, callback=None):
         if i + 1 < len(cs):
             y = y + (cs[i + 1] - c) / (1 - c) * (mean - y)
         if callback:
-            callback(i, x)
+            callback(i, x, None)
     return x
 
 
@@ -178,7 +178,7 @@ class FLM(Method):
 
     @torch.no_grad()
     def sample(self, n, steps, strategy='', sampler='', generator=None, callback=None, **options):
-        """-> ids (n, L). callback(step, x) sees the likeliest tokens of every step.
+        """-> ids (n, L). callback(step, x, None) sees the likeliest tokens of every step.
 
         With one step they are the most frequent token everywhere: the first noise says nothing.
         """

@@ -61,7 +61,7 @@ SKIPPED = {'python -m pytest': 'runs this test',
 # ------------------------------------------------------------------------------------------------------------
 # cutting short
 
-TEXT = '\n\n\n'.join('ROMEO: Juliet, to be or not to be\n' * 12 for _ in range(12))  # documents
+TEXT = '\n\n\n'.join('ROMEO: Juliet, to be or not to be\n' * 12 for _ in range(40))  # documents
 # hub ids; a tiny random BERT takes their place
 MODELS = 'sentence-transformers/all-MiniLM-L6-v2', 'Qwen/Qwen3-Embedding-0.6B'
 L, WIDTH = 64, 16  # the longest prompt of the documents has 54 characters

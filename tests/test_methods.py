@@ -113,13 +113,16 @@ def test_a_callback_sees_every_step(name, strategy, sampler):
     latent_steps = 8 * (strategy == 'seq')
     assert [i for i, _, _ in seen] == list(range(-latent_steps, steps))
     assert all((x_t == method.mask_id).all() for i, x_t, _ in seen if i < 0) and torch.equal(seen[-1][1], x)
-    shape = {'mdlm': None, 'ar': None, 'co': (3, 2, 4), 'di': (3, 2), 'ldlm': (3, L, 16)}[name]
+    shape = {'co': (3, 2, 4), 'di': (3, 2), 'ldlm': (3, L, 16)}.get(name)
     assert all(shape == (None if z is None else z.shape) for _, _, z in seen)
     if name == 'di':
         assert method.latent_mask_id == 5 and (seen[-1][2] < 5).all()
     if strategy == 'seq':  # the finished latent, from which the same text can be written
         assert all(torch.equal(z, seen[-1][2]) for i, _, z in seen if i >= -1)
         assert len(torch.stack([z for i, _, z in seen if i < 0]).unique(dim=0)) > 1
+        without = []
+        method.sample(3, 4, strategy, sampler, latent='none', callback=lambda *step: without.append(step))
+        assert [i for i, *_ in without] == list(range(steps)) and all(z is None for *_, z in without)
 
 
 @pytest.mark.parametrize('name', TINY_METHODS)
