@@ -8,12 +8,13 @@ method = 'duo'
 
 hidden = 64
 num_layers = 4
-num_heads = 4
+num_heads = 2
 cond_dim = 32
 
+optimizer = 'muon'
 batch_size = 32
-max_iters = 4000
-learning_rate = 3e-3
+max_iters = 2200
+learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'
 weight_decay = 0.03

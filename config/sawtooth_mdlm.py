@@ -3,8 +3,9 @@ MDLM on sawtooth, tuned for two CPU cores (four minutes).
 
 How it departs from the official settings (sawtooth_mdlm_paper.py) to learn within minutes: a narrow network,
 because a CPU is worst at attention over 128 positions with many heads; many small steps instead of few large
-ones; Muon, which needs half as many of them as AdamW; a rate that falls to zero. Two layers reach the same likelihood, but only a deeper
-network samples nearly as well in few steps as the exact denoiser: see RESULTS.md.
+ones; Muon, which needs half as many of them as AdamW; a rate that falls to zero. Two layers reach the same
+likelihood, but only a deeper network samples nearly as well in few steps as the exact denoiser: see
+RESULTS.md.
 """
 dataset = 'sawtooth'
 method = 'mdlm'
