@@ -151,6 +151,20 @@ def test_round_trip(kind, tmp_path, monkeypatch, cli):
     assert tok.spec == meta['tokenizer'] == named_tokenizer(str(tmp_path / 'data/t')).spec
 
 
+def test_pieces_learned_from_a_text(tmp_path, cli, monkeypatch, capsys):
+    """They cross words, come from the first --share of the text only, and give every text back."""
+    text = 'the cat sat on the mat. ' * 200 + 'zebra ' * 200
+    source = save(tmp_path / 'in.txt', text)
+    argv = [f'--input={source}', '--vocab_size=40', '--share=0.5', '--out=bpe']
+    monkeypatch.setattr(sys, 'argv', ['bpe.py', *argv])
+    run(importlib.import_module('data.text.bpe').main)
+    assert 'bpe: 40 pieces, of ' in capsys.readouterr().out
+    tok = named_tokenizer('bpe')
+    assert tok.decode(tok.encode('the cat sat on the mat. ')) == 'the cat sat on the mat. '
+    assert len(tok.encode('the cat sat on the mat. ')) < 6  # words
+    assert not any('ebra' in piece for piece in tok.tok.get_vocab())
+
+
 def test_bert_has_sep_and_cls(tmp_path):
     path = word_level(tmp_path / 'bert', ['[UNK]', 'a', 'b', '[SEP]', '[CLS]'],
                       unk_token='[UNK]', sep_token='[SEP]', cls_token='[CLS]')
