@@ -23,6 +23,8 @@ from lib import plot
 from lib.configurator import UserError
 from lib.files import append
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
+from methods import open_published
+
 from sawtooth import Exact, Sawtooth, bias, gap_to_exact, swd
 
 N = 20480
@@ -344,6 +346,19 @@ def test_the_figure_tells_how_many_seeds(monkeypatch):
 TINY = ['--dataset=sawtooth', '--hidden=8', '--num_layers=1', '--num_heads=1', '--cond_dim=4',
         '--max_iters=3', '--batch_size=4', '--eval_seqs=4']
 FEW = ['--num_samples=256', '--steps=1,2']
+
+
+def test_the_weights_that_come_with_it():
+    """assets/sawtooth_co_ladd: in one step, as near to the data as fresh texts are, where MDLM is not.
+
+    The means and deviations of 512 texts are those of exact draws.
+    """
+    method, config = open_published(os.path.join(os.path.dirname(sawtooth.__file__), 'assets', 'sawtooth_co_ladd'), 'cpu')
+    assert (config['dataset'], method.name) == ('sawtooth', 'Co-LADD')
+    x = sawtooth.draw(method, 512, 1, 'seq')
+    floor = [swd(sawtooth.exact_draw('seq', 512, 1, seed), draws=1) for seed in range(4)]
+    mdlm = swd(sawtooth.exact_draw('MDLM', 512, 1), draws=1)
+    assert swd(x, draws=1) < (np.mean(floor) + mdlm) / 2
 
 
 def test_tables_and_figures_from_checkpoints(tmp_path, monkeypatch, capsys):
