@@ -24,7 +24,6 @@ from lib.configurator import UserError
 from lib.files import append
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
 from methods import open_published
-
 from sawtooth import Exact, Sawtooth, bias, gap_to_exact, swd
 
 N = 20480
@@ -353,7 +352,7 @@ def test_the_weights_that_come_with_it():
 
     The means and deviations of 512 texts are those of exact draws.
     """
-    method, config = open_published(os.path.join(os.path.dirname(sawtooth.__file__), 'assets', 'sawtooth_co_ladd'), 'cpu')
+    method, config = open_published(os.path.join(plot.ASSETS, 'sawtooth_co_ladd'), 'cpu')
     assert (config['dataset'], method.name) == ('sawtooth', 'Co-LADD')
     x = sawtooth.draw(method, 512, 1, 'seq')
     floor = [swd(sawtooth.exact_draw('seq', 512, 1, seed), draws=1) for seed in range(4)]
