@@ -155,12 +155,12 @@ class Trainer:
         loss = average_gradients(self.params, loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip or math.inf)
 
-        # --- update: skipped by the device, without asking the host, if loss or gradient is not finite ------
+        # --- update: skipped if loss or gradient is not finite; AdamW's by the device, without asking the host
         finite = torch.isfinite(loss + grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = self.rate(step)
-            # fused AdamW skips the step itself, as it does for a GradScaler; of Muon the host is asked
+            # fused AdamW skips the step itself, as it does for a GradScaler; Muon cannot, so the host looks
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
             if not isinstance(optimizer, torch.optim.Muon) or finite:
                 optimizer.step()
@@ -342,8 +342,8 @@ def loop(config, trainer, train_data, val_data, done, tokens):
                 log.step(done, tokens, trainer.rate(step), logs, numbers)
             if to_validate:
                 with log.saying('validating'):
-                    nats = trainer.evaluate(val_data, c.eval_seqs)
-                log.validation(done, nats)
+                    means = trainer.evaluate(val_data, c.eval_seqs)
+                log.validation(done, means)
             if to_save and trainer.rank == 0:  # after this step's records: whoever resumes here misses none
                 save(os.path.join(c.out_dir, 'ckpt.pt'), trainer.checkpoint(config, done, tokens))
             if to_validate or to_save:
