@@ -155,7 +155,7 @@ class Trainer:
         loss = average_gradients(self.params, loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip or math.inf)
 
-        # --- update: skipped if loss or gradient is not finite; AdamW's by the device, without asking the host
+        # --- update: skipped if loss or gradient is not finite; AdamW's without asking the host -------
         finite = torch.isfinite(loss + grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
