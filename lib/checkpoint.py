@@ -13,6 +13,7 @@ numbers, strings and tensors:
 """
 import json
 import os
+import zipfile
 import zlib
 
 import torch
@@ -62,6 +63,9 @@ def load(path):
         command = f'{name}.py' if known else f'NAME.py --out_dir={folder}'
         raise UserError(f'{folder} holds no checkpoint; make it with: python train.py config/{command}')
     try:
+        with zipfile.ZipFile(path) as f:
+            if damaged := f.testzip():
+                raise ValueError(f'{damaged} has changed since it was written')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if checkpoint['format'] == 1:
             checkpoint = from_format_1(checkpoint)
