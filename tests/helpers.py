@@ -169,6 +169,28 @@ def paths(folder):
     return [os.path.join(d, f) for d, _, fs in os.walk(folder) for f in fs]
 
 
+ODD = [None, True, -1, 0, 3, 2**40, 10**30, 1.5, float('nan'), '', 'x', 'gpt3', '../..', '/', '\0', 'é\ud800',
+       'char', 'huggingface', 'y' * 5000, [], [1], ['char'], {}, {'kind': 'char'},
+       {'kind': 'huggingface', 'name': '../../x'}, {'kind': 'char', 'chars': 'ab', 'eos': False}]
+
+
+def mutated(value, rng):
+    """A copy with something odd at a random place of its tree."""
+    if isinstance(value, torch.Tensor):
+        return rng.choice([value[..., :0], value.flatten(), value[None], torch.zeros(3), *ODD])
+    if not (isinstance(value, dict) and value) or rng.random() < 0.2:
+        return rng.choice(ODD)
+    value, key = dict(value), rng.choice(list(value))
+    action = rng.random()
+    if action < 0.15:
+        del value[key]
+    elif action < 0.25:
+        value[rng.choice(list(value))] = value[key]
+    else:
+        value[key] = mutated(value[key], rng)
+    return value
+
+
 def fails(script, monkeypatch, capsys, *argv, keys=None):
     """The one line that a mistake ends with; exit code 2, nothing on stdout, no file made or changed."""
     def state():

@@ -29,6 +29,7 @@ from helpers import (
     go,
     losses,
     make,
+    mutated,
     open_toy,
     same,
     weights,
@@ -348,26 +349,6 @@ def test_a_damaged_state_of_training(damage):
     before = files()
     line = complaint(go, 'a', '--max_iters=4')
     assert 'a/ckpt.pt is' in line and '--init_from=scratch' in line and files() == before
-
-
-ODD = [None, True, -1, 0, 3, 2**40, 10**30, 1.5, float('nan'), '', 'x', 'gpt3', '../..', '/', '\0', 'é\ud800',
-       'char', 'huggingface', 'y' * 5000, [], [1], ['char'], {}, {'kind': 'char'},
-       {'kind': 'huggingface', 'name': '../../x'}, {'kind': 'char', 'chars': 'ab', 'eos': False}]
-
-
-def mutated(value, rng):
-    """A copy with something odd at a random place of its tree."""
-    if not (isinstance(value, dict) and value) or rng.random() < 0.2:
-        return rng.choice(ODD)
-    value, key = dict(value), rng.choice(list(value))
-    action = rng.random()
-    if action < 0.15:
-        del value[key]
-    elif action < 0.25:
-        value[rng.choice(list(value))] = value[key]
-    else:
-        value[key] = mutated(value[key], rng)
-    return value
 
 
 def use(folder):
