@@ -19,7 +19,6 @@ import tempfile
 import time
 import traceback
 import zlib
-from dataclasses import fields
 from unittest import mock
 
 import torch
@@ -39,7 +38,7 @@ import train
 from data import encode
 from data.text import prepare
 from lib import checkpoint, plot
-from lib.configurator import run
+from lib.configurator import defaults_of, method_keys, run
 from methods import METHODS
 
 HANG = 300  # seconds; every case takes less than one
@@ -93,16 +92,18 @@ COMMANDS = {
         [*TEXT, '--name=new'], [*TEXT, '--name=set'],
         [*TEXT, '--name=new', '--split=line', '--val_fraction=0.3', '--wrap']]),
 }
-VALUES = ['-1', '0', '1', '2', '3', '7', '-0.5', '0.5', '1.5', '1e-9', '-1e300', 'nan', '1e400', '', 'x',
-          'True', 'False', 'é', '\ud800', '\0', '~', '~/x', '/', '..', 'out/run', 'out/none', 'data/set',
-          'out/run/ckpt.pt', 'text.txt', 'x.png', 'x.npy', '/dev/full', '/dev/null/x', 'seq', 'joint',
-          'cuda:1', 'a' * 300, '2**9']
+# values by the type of a key's default
+VALUES = {int: ['-1', '0', '1', '2', '3', '7', '1.5', '-1e300', '1e4'], bool: ['True', 'False', ''],
+          float: ['-1', '0', '1', '2', '-0.5', '0.5', '1e-9', '-1e300', '1e300', '1e400', 'nan'],
+          str: ['', 'x', '1', '1,2', '0,1', 'é', '\ud800', '\0', '~', '~/x', '/', '..', 'a' * 300, 'out/run',
+                'out/ar', 'out/none', 'out/run/ckpt.pt', 'data/set', 'text.txt', 'f.png', 'x.npy', 'x.jsonl',
+                '/dev/full', '/dev/null/x', 'seq', 'joint', 'entropy', 'cuda:1', 'char', '$x$', '_x']}
 HUGE = ['99999999999', '1e18', '9223372036854775807', '1' + '0' * 30]
 # their size is the time that a command takes, or memory that a machine might just have
 WORK = {'max_iters', 'num_layers', 'encoder_layers', 'latent_layers', 'decoder_layers', 'num_samples',
         'nll_draws', 'iters', 'val_seqs', 'eval_seqs', 'num_latents', 'adaptive_bins', 'workers',
         'codebook_size', 'batch_size'}
-PREPARE = ['input', 'name', 'tokenizer', 'wrap', 'split', 'val_fraction', 'workers']
+PREPARE = dict(input='', name='', tokenizer='', wrap=False, split='', val_fraction=0.1, workers=1)
 NEVER = {'compile', 'wandb'}  # slow, or somebody else's
 
 
@@ -230,13 +231,14 @@ def arguments(rng):
     command = rng.choice([*COMMANDS])
     _, Keys, methods, ways = COMMANDS[command]
     argv = list(rng.choice(ways))
-    keys = [f.name for f in fields(Keys)] if Keys else PREPARE
-    for name, method in (methods or {}).items():
-        keys += [f.name for f in fields(method.Config)] if f'--method={name}' in argv else []
+    keys = defaults_of(Keys) if Keys else dict(PREPARE)
+    for name in methods or ():
+        keys |= method_keys(methods[name]) if f'--method={name}' in argv or name == 'mdlm' else {}
     for _ in range(rng.randrange(1, 4)):
         key = rng.choice([k for k in keys if k not in NEVER])
-        value = rng.choice(VALUES + HUGE * (key not in WORK))
-        argv.append(rng.choice([f'--{key}={value}'] * 9 + [f'--{key}', value, f'{key}={value}']))
+        kind = type(keys[key]) if rng.random() < 0.9 else rng.choice([*VALUES])
+        value = rng.choice(VALUES[kind] + HUGE * (kind is not str and key not in WORK))
+        argv.append(rng.choice([f'--{key}={value}'] * 18 + [f'--{key}', value, f'{key}={value}']))
         if rng.random() < 0.1:
             argv.pop(rng.randrange(len(argv)))
     print(command, [a[:60] for a in argv])
@@ -246,7 +248,11 @@ def arguments(rng):
 
 def damage(rng):
     """A file is cut, changed, replaced, or gone."""
-    path = rng.choice(sorted(path for path in paths('.') if '.png' not in path))[2:]
+    command = rng.choice([*COMMANDS])
+    argv = rng.choice(COMMANDS[command][3])
+    words = [arg.rpartition('=')[2] for arg in argv if '/' in arg or '.' in arg]
+    read = sorted(path[2:] for path in paths('.') if path[2:].startswith(tuple(words)) and '.png' not in path)
+    path = rng.choice(read)
     other = rng.choice(sorted(paths('.')))
     action = rng.choice(['cut', 'flip', 'bytes', 'other', 'empty', 'gone', 'folder', 'rubbish', 'tree',
                          'tree'])
@@ -274,13 +280,6 @@ def damage(rng):
     elif action != 'gone':
         with open(path, 'wb') as f:
             f.write(b'' if action == 'empty' else data)
-    # a command that reads it, most often
-    likely = {'ckpt.pt': ['train', 'sample', 'eval', 'sweep', 'encode'], 'log.jsonl': ['train', 'plot'],
-              'eval.jsonl': ['plot', 'sweep', 'eval'], 'meta.json': ['train', 'encode', 'sample', 'eval'],
-              'sawtooth.jsonl': ['sawtooth'], 'results.jsonl': ['plot', 'sweep'], 'config.py': ['train'],
-              'text.txt': ['prepare', 'eval'], 'train.bin': ['train', 'encode'], 'val.bin': ['train', 'eval']}
-    command = rng.choice(likely.get(os.path.basename(path), []) * 3 + [*COMMANDS])
-    argv = rng.choice(COMMANDS[command][3])
     print(action, path, command, argv)
     code, _, err = call(command, argv)
     check(code, err, damaged=path)
