@@ -11,7 +11,7 @@ so), eager, and with the full head. That is the straightforward way: training fo
 positions, (B, L, V), and MDLM's sampler draws a token at each of them by fp64 Gumbel noise over V + 1 words.
 
 Training FLOPs per sequence = 6 * (layers * (12 L d^2 + 2 L^2 d) + rows * d * V): two per multiply-add, and
-backward costs twice forward; rows = L / 2, the positions that MDLM and LADD mask on average (AR, LDLM: L).
+backward costs twice forward; rows = L / 2, the positions that MDLM and LADD mask on average (others: L).
 LDLM adds its autoencoder and the forward pass of self-conditioning. This is the useful work, the same number
 for all variants; embeddings, AdaLN and other encoders are left out. MFU is its share of the printed peak.
 """
@@ -69,8 +69,10 @@ def use_full_head():
     """From here on, every method in this process has the straightforward loss.
 
     They all call model.head_cross_entropy, which calls HeadCrossEntropy; MDLM and LADD first choose rows.
+    Duo has a loss of its own, which takes its rows in chunks.
     """
     model.HeadCrossEntropy, mdlm.masked_rows = FullCrossEntropy, all_rows
+    model.rows_at_once = lambda *args, **limits: 2**62
 
 
 @torch.no_grad()

@@ -224,16 +224,15 @@ def head_cross_entropy(head, h, targets, weights):
     return HeadCrossEntropy.apply(h, head.weight, head.bias, targets, weights)
 
 
-def head_nll(head, h, targets):
-    """h (R, d), targets (R,) -> -log p(target) in nats, fp32 (R,); the logits of one chunk at a time."""
-    size = rows_at_once(head.out_features, h.device)
-    chunks = zip(h.split(size), targets.split(size))
-    return torch.cat([F.cross_entropy(head(hs).float(), ts, reduction='none') for hs, ts in chunks])
-
-
-def head_probabilities(head, h):
-    """h (R, d) -> pairs of a slice of its rows and their p, fp32 (rows, V); one chunk at a time."""
+def head_logits(head, h):
+    """h (R, d) -> pairs of a slice of its rows and their logits, fp32 (rows, V); one chunk at a time."""
     size = rows_at_once(head.out_features, h.device)
     for start in range(0, len(h), size):
         rows = slice(start, start + size)
-        yield rows, head(h[rows]).float().softmax(dim=-1)
+        yield rows, head(h[rows]).float()
+
+
+def head_nll(head, h, targets):
+    """h (R, d), targets (R,) -> -log p(target) in nats, fp32 (R,)."""
+    return torch.cat([F.cross_entropy(logits, targets[rows], reduction='none')
+                      for rows, logits in head_logits(head, h)])

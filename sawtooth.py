@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from baselines import duo, flm
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -158,6 +159,8 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
+BASELINES = ('FLM', 'Duo')
+NO_LATENT = ('MDLM', *BASELINES)
 
 
 def draw(method, n, steps, strategy='joint', seed=0, batch=128):
@@ -209,8 +212,11 @@ def gap_to_exact(method, n=2048):
 def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
-    kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq'.
+    kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail'.
     """
+    if kind.split(',')[0] in BASELINES:
+        return exact_baseline(kind, n, steps, seed)
     exact, g, alphas = Exact(), torch.Generator().manual_seed(seed), alpha(time_grid(steps))
     P, texts, schedule = len(exact.p), [], 'polynomial' if kind == 'joint ahead' else 'linear'
 
@@ -227,11 +233,32 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     return torch.cat(texts)
 
 
-def exact_records(n, steps):
+def exact_baseline(kind, n, steps, seed=0):
+    """exact_draw of the baselines, whose denoisers see every position, each with some noise."""
+    exact, g = Exact(64), torch.Generator().manual_seed(seed)
+    if kind == 'FLM':
+        signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
+
+        def denoise(z, t):  # z (n, L, 2), one-hot with noise
+            c = float(signal(torch.tensor(t)))
+            p = exact.predict(torch.tanh(c * (z[..., 1] - z[..., 0]) / (1 - c) ** 2 / 2))
+            return torch.stack((1 - p, p), dim=-1), (p > 0.5).long()
+        return flm.euler(denoise, torch.randn(n, L, 2, generator=g), t.tolist(), signal(t).tolist())
+
+    def denoise(z, alpha):
+        p = exact.predict((2.0 * z - 1) * float(alpha), leave_one_out=True).double()
+        drawn = torch.rand(z.shape, generator=g) < p
+        return torch.where(z == 1, p, 1 - p), drawn.long(), (p > 0.5).long()
+    z, tail = torch.randint(2, (n, L), generator=g), 'greedy' if 'greedy' in kind else 'ancestral'
+    return duo.reverse(denoise, z, 2, *duo.plan(steps, 'ancestral'), tail, g)
+
+
+def exact_records(n, steps, names=()):
+    """Those of MDLM and LADD, and of the baselines among the names of methods."""
     d = distances(Sawtooth('fresh').texts(n), 3)
     floor = [dict(name='data', n=n, swd=float(np.mean(d)), error=float(np.std(d, ddof=1)))]
     return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T)))
-                    for kind in EXACT for T in steps]
+                    for kind in (*EXACT, *(b for b in BASELINES if b in names)) for T in steps]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,7 +286,8 @@ def curves(records):
     found = {}
     with_steps = sorted((r for r in records if 'steps' in r), key=lambda r: r['steps'])
     for (name, strategy, steps), values in grouped(with_steps, 'swd', 'name', 'strategy', 'steps').items():
-        found.setdefault(name if name.startswith('MDLM') else f'{name} {strategy}', {})[steps] = values
+        curve = name if name.split(' (')[0] in NO_LATENT else f'{name} {strategy}'
+        found.setdefault(curve, {})[steps] = values
     return found
 
 
@@ -271,8 +299,8 @@ def print_tables(records):
     rows = [['oracle: the shift is known', *cells(None, Exact().oracle(), PAPER['oracle'])]]
     for (name, strategy), losses in grouped(records, 'token_loss', 'name', 'strategy').items():
         method, given = name.split(' (')[0], 'clean latent' if strategy == 'seq' else 'latent at t_z = t_x'
-        if method == 'MDLM':
-            rows.append([name, *cells(np.mean(losses), 0.5303, PAPER[method])])
+        if method in NO_LATENT:
+            rows.append([name, *cells(np.mean(losses), 0.5303, PAPER.get(method))])
         else:
             rows.append([f'{name}, {given}', *cells(np.mean(losses), None, PAPER[f'{method} {strategy}'])])
     print_table('token loss, nats per token (LADD table 1)', ['ours', 'exact', 'paper'], rows, sys.stdout)
@@ -301,7 +329,7 @@ def figure(records, path):
     from lib.plot import curve, literally, log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
-              'exact joint ahead': 'C7'}
+              'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})
@@ -339,7 +367,7 @@ def pictures(panels, path):
 
 def report(method):
     """What train.py prints at the end: token loss and SWD beside the exact values, from few samples."""
-    if method.name not in ('MDLM', *LATENT_STEPS):
+    if method.name not in (*NO_LATENT, *LATENT_STEPS):
         return
     n, steps = 4096, (1, 2, 4)
     records = [dict(r, name=method.name) for r in token_losses(method, n)]
@@ -349,7 +377,7 @@ def report(method):
             x = draw(method, n, T, strategy)
             records.append(dict(name=method.name, strategy=strategy, steps=T, n=n, swd=swd(x)))
             bar.update(T)
-    print_tables(records + exact_records(n, steps))
+    print_tables(records + exact_records(n, steps, [method.name]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -375,7 +403,7 @@ def read_results(path, n):
     """
     texts = ['name', 'out_dir', 'weights', 'strategy', 'visible']
     records = read_lines(path, {'n'}.union(*RESULTS).difference(texts), texts)
-    drawn = [('MDLM', 'joint'), *itertools.product(LATENT_STEPS, ('joint', 'seq'))]
+    drawn = [*itertools.product(NO_LATENT, ('joint',)), *itertools.product(LATENT_STEPS, ('joint', 'seq'))]
     for i, r in enumerate(records):
         there = {k for k, v in r.items() if v is not None}
         complete = there >= {'out_dir', 'weights', 'n'} and any(there >= kind for kind in RESULTS)
@@ -391,9 +419,9 @@ def measure(out_dir, c, steps, panels):
     """
     n, device = c.num_samples, pick_device(c.device)
     method, config = open_run(out_dir, device)
-    if config['dataset'] != 'sawtooth' or method.name not in ('MDLM', *LATENT_STEPS):
-        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of mdlm and '
-                        'ladd on sawtooth')
+    if config['dataset'] != 'sawtooth' or method.name not in (*NO_LATENT, *LATENT_STEPS):
+        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of mdlm, '
+                        'ladd, flm and duo on sawtooth')
     if c.compile:
         compile_in_place(method.backbones(), device)
     out_dir = os.path.normpath(out_dir)
@@ -442,7 +470,8 @@ def main(argv):
     # a run may be among the .jsonl, too
     unique = {(r['weights'], r.get('strategy'), r.get('steps'), r.get('visible')): r for r in records}
     records = distinguish_folders(list(unique.values()))
-    records += exact_records(n, sorted({r['steps'] for r in records if 'steps' in r}))
+    names = {r['name'].split(' (')[0] for r in records}
+    records += exact_records(n, sorted({r['steps'] for r in records if 'steps' in r}), names)
     print_tables(records)
     panels = {'data': Sawtooth('fresh').texts(128), 'exact MDLM, 1 step': exact_draw('MDLM', 128, 1)} | panels
     figure(records, c.save + '.png')

@@ -21,6 +21,7 @@ prior's share, .0030 nats per token at 50,000 words, which theirs leaves out. Th
 largest of V normals by order statistics, as their cheap one does; but theirs calls x_t = x whenever x is
 among those few, here it is when x is the largest. (P(x_t = x) is .55 there for k = 5 where .36 is right.)
 alpha' is a derivative, not a rounded difference. N steps are N calls: the last one ends at alpha = 1.
+psi_rescale takes eta times the largest sigma, as ReMDM does, where theirs has a minimum of two.
 The greedy tail, with which they report results, is an option: argmax of p, which leaves out z_l,
 overwrites tokens that are certain; entropy and Gen PPL fall, and the law of the samples is another one.
 The distillation is not here.
@@ -31,11 +32,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from baselines import flm
 from baselines.flm import identified, mean_at
-from lib.configurator import Keys, Not, key
+from lib.configurator import Not, key
 from lib.method import Method
 from mdlm import DRAW, time_grid, times_from, token_probs
-from model import DiT, HeadCrossEntropy, head_in_chunks, head_probabilities, rows_at_once
+from model import DiT, HeadCrossEntropy, head_in_chunks, head_logits
 
 EPS = 1e-3  # alpha at t = 1
 
@@ -78,15 +80,19 @@ def prior_nats(V):
 # ------------------------------------------------------------------------------------------------------------
 # the curriculum
 
-def curriculum(x, t, tau, top_k, noise, V):
+def gamma_range(V):
+    """OpenWebText's and LM1B's, as the same two alphas for any V: least noise, most noise, (2,)."""
+    return -2 * mean_at(torch.tensor([0.945, 0.049]), V).log().float()
+
+
+def curriculum(x, t, ends, tau, top_k, noise, V):
     """The entries of softmax((m e_x + eps) s / tau) that matter, without the others: x (b, L), t (b,) ->
-    ids and weights (b, L, k + 1), and alpha, alpha' (b,).
+    ids and weights (b, L, k + 1), and alpha, alpha' (b,). ends: see gamma_range.
 
     ids[..., 0] is x. The others are the k largest of V - 1 normals, by their order statistics, at words drawn
     uniformly: they may coincide, which is rare where V is large.
     """
     L, k = x.shape[1], min(top_k, V - 1)
-    ends = -2 * mean_at(torch.tensor([0.945, 0.049], device=x.device), V).log()  # OpenWebText's, for any V
     gamma = ends[0] + t * (ends[1] - ends[0])
     m = torch.exp(-gamma / 2)
     alpha, slope = identified(m, V)
@@ -159,6 +165,7 @@ def plan(steps, sampler, kappa=1.0, eta=1.0, device=None):
 
 TAIL = {'tail': key('ancestral', choices=('ancestral', 'greedy'))}
 ETA = {'eta': key(1.0, at_least=0, at_most=1)}
+# published for OpenWebText and 256 steps: eta .01 (cap, loop) or .05 (rescale), top_p .9, of the loop .95
 SAMPLERS = {'ancestral': DRAW | TAIL,
             'psi': DRAW | TAIL | {'kappa': key(0.95, at_least=0, at_most=1)},
             'psi_cap': DRAW | TAIL | ETA, 'psi_rescale': DRAW | TAIL | ETA, 'psi_loop': DRAW | TAIL | ETA}
@@ -167,14 +174,7 @@ SAMPLERS = {'ancestral': DRAW | TAIL,
 # the method
 
 @dataclass
-class Config(Keys):
-    vocab_size: int = 0  # from the data
-    block_size: int = key(0, at_least=0)  # L
-    hidden: int = key(384, at_least=1)
-    num_layers: int = key(6, at_least=1)
-    num_heads: int = key(6, at_least=1, meaning=True)
-    cond_dim: int = key(128, at_least=1)
-    dropout: float = key(0.0, at_least=0, below=1)
+class Config(flm.Config):
     curriculum_iters: int = key(0, at_least=0)  # the paper's: 500,000
     tau: float = key(1e-3, above=0, only=dict(curriculum_iters=Not([0])))
     top_k: int = key(4, at_least=1, only=dict(curriculum_iters=Not([0])))  # entries besides x
@@ -188,6 +188,7 @@ class Duo(Method):
         super().__init__()
         c = self.config = config
         self.in_curriculum = False
+        self.register_buffer('gamma', gamma_range(c.vocab_size), persistent=False)
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.block_size, dropout=c.dropout)
         self.head = nn.Linear(c.hidden, c.vocab_size)
@@ -211,7 +212,7 @@ class Duo(Method):
         """Training loss per token of x (b, L) int64, and logs."""
         c, t = self.config, noise.times('t')
         if self.in_curriculum:
-            ids, weights, alpha, slope = curriculum(x, t, c.tau, c.top_k, noise, c.vocab_size)
+            ids, weights, alpha, slope = curriculum(x, t, self.gamma, c.tau, c.top_k, noise, c.vocab_size)
             z = ids.gather(2, weights[..., :2].argmax(dim=-1, keepdim=True))[..., 0]
             e = sum(w[..., None] * self.embed(i) for w, i in zip(weights.unbind(2), ids.unbind(2)))
             b, rate = 1 - alpha, -slope
@@ -226,19 +227,21 @@ class Duo(Method):
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
         """The bound, its integral estimated at one time: nats (b,)."""
+        self.sampling_options(strategy)  # ValueError for an unknown one
         b = (1 - EPS) * noise.times('t')
         z, V, L = self.corrupt(x, b, noise), self.config.vocab_size, x.shape[1]
-        rows = self.states(self.embed(z), b), x.flatten(), z.flatten(), b.repeat_interleave(L)
-        chunks = zip(*(y.split(rows_at_once(V, x.device)) for y in rows))
-        nats = [nelbo_(self.head(h).float(), x, z, b, torch.full_like(b, 1 - EPS)) for h, x, z, b in chunks]
+        rate = torch.full_like(b, 1 - EPS)
+        about = x.flatten(), z.flatten(), b.repeat_interleave(L), rate.repeat_interleave(L)
+        nats = [nelbo_(logits, *(y[rows] for y in about))
+                for rows, logits in head_logits(self.head, self.states(self.embed(z), b))]
         return {'val': torch.cat(nats).view(-1, L).sum(dim=1) + L * prior_nats(V)}
 
     def denoise(self, z, alpha, temperature=1.0, top_p=1.0, generator=None):
         """z (n, L), alpha a number -> p_z in fp64, a draw from p, and its argmax, each (n, L)."""
         h, found = self.states(self.embed(z), self.head.weight.new_full((1,), 1 - alpha)), []
-        for rows, p in head_probabilities(self.head, h):
-            likeliest = p.argmax(dim=-1, keepdim=True)
-            p = token_probs(p.log(), temperature, top_p)
+        for rows, logits in head_logits(self.head, h):
+            likeliest = logits.argmax(dim=-1, keepdim=True)
+            p = token_probs(logits, temperature, top_p)
             drawn = torch.multinomial(p, 1, generator=generator)
             found.append((p.gather(1, z.flatten()[rows, None]), drawn, likeliest))
         return [torch.cat(parts).view(z.shape) for parts in zip(*found)]

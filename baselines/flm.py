@@ -27,7 +27,7 @@ import torch.nn as nn
 from lib.configurator import Keys, key
 from lib.method import Method
 from mdlm import time_grid, wide
-from model import DiT, head_cross_entropy, head_nll, head_probabilities
+from model import DiT, head_cross_entropy, head_logits, head_nll
 
 # ------------------------------------------------------------------------------------------------------------
 # what can be told from noise
@@ -46,7 +46,8 @@ def identified(m, V):
 
 def mean_at(alpha, V):
     """The inverse of `identified`, by bisection: alpha (...,) -> m, fp64 (...,)."""
-    low, high = torch.zeros_like(alpha.double()), torch.full_like(alpha.double(), 20.0)
+    low = torch.zeros_like(alpha, dtype=wide(alpha.device))
+    high = torch.full_like(low, 20.0)
     for _ in range(50):
         middle = (low + high) / 2
         below = identified(middle, V)[0] < alpha
@@ -88,12 +89,12 @@ class Times(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the sampler: a pure function over `denoise(y, t, c) -> p E (n, L, d), likeliest tokens (n, L)`
+# the sampler: a pure function over `denoise(y, t) -> p E (n, L, d), likeliest tokens (n, L)`
 
 def euler(denoise, y, ts, cs, callback=None):
-    """Follows y = z E (n, L, d) from noise along the times ts and signals cs, lists -> ids (n, L)."""
+    """Follows y = z E (n, L, d) from noise along times ts and their cs = g(ts), two lists -> ids (n, L)."""
     for i, (t, c) in enumerate(zip(ts, cs)):
-        mean, x = denoise(y, t, c)
+        mean, x = denoise(y, t)
         if i + 1 < len(cs):
             y = y + (cs[i + 1] - c) / (1 - c) * (mean - y)
         if callback:
@@ -141,10 +142,10 @@ class FLM(Method):
                 return normal(L, len(E)) @ E
             return normal(L, E.shape[1]) @ torch.linalg.qr(E).R
 
-    def corrupt(self, x, c, noise):
-        """x (b, L), c (b,) -> y = z E (b, L, d)."""
+    def corrupt(self, x, c, noise, name='noise'):
+        """x (b, L), c (b,) -> y = z E (b, L, d). name: of the noise."""
         c = c[:, None, None]
-        eps = self.embedded_noise(lambda *shape: noise.normal('noise', *shape))
+        eps = self.embedded_noise(lambda *shape: noise.normal(name, *shape))
         return (1 - c) * eps + c * self.embed(x)
 
     def states(self, y, t):
@@ -160,17 +161,19 @@ class FLM(Method):
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
         """The bound, its integral estimated at one time: nats (b,)."""
+        self.sampling_options(strategy)  # ValueError for an unknown one
         t, m, weight = self.times.of_bound(noise.times('t'))
         h = self.states(self.corrupt(x, m / (1 + m), noise), t)
         nats = (m * weight)[:, None] * squared_error(self.head, h, x.flatten()).view(x.shape)
         t, c = (table[-1].expand(len(x)) for table in (self.times.t, self.times.c))
-        h = self.states(self.corrupt(x, c, noise.draw(1)), t)
+        h = self.states(self.corrupt(x, c, noise, 'noise at the end'), t)
         return {'val': (nats + head_nll(self.head, h, x.flatten()).view(x.shape)).sum(dim=1)}
 
-    def denoise(self, y, t, c):
+    def denoise(self, y, t):
         """y (n, L, d), t a number -> p E (n, L, d), and the likeliest tokens (n, L)."""
         E, means, ids = self.embed.weight, [], []
-        for _, p in head_probabilities(self.head, self.states(y, y.new_full((1,), t))):
+        for _, logits in head_logits(self.head, self.states(y, y.new_full((1,), t))):
+            p = logits.softmax(dim=-1)
             with torch.autocast(E.device.type, enabled=False):
                 means.append(p @ E)
             ids.append(p.argmax(dim=-1))
@@ -194,5 +197,8 @@ class FLM(Method):
 
 def squared_error(head, h, targets):
     """h (R, d), targets (R,) -> |e_x - p|^2 = 1 - 2 p_x + sum p^2, fp32 (R,)."""
-    return torch.cat([1 - 2 * p.gather(1, targets[rows, None])[:, 0] + p.square().sum(dim=1)
-                      for rows, p in head_probabilities(head, h)])
+    parts = []
+    for rows, logits in head_logits(head, h):
+        p = logits.softmax(dim=-1)
+        parts.append(1 - 2 * p.gather(1, targets[rows, None])[:, 0] + p.square().sum(dim=1))
+    return torch.cat(parts)

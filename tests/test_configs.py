@@ -172,7 +172,9 @@ def test_it_trains(name, changes, tmp_path, monkeypatch):
                 '--compile=False', *sizes, '--batch_size=4', '--max_iters=2', '--log_interval=1',
                 '--eval_seqs=4', *changes])
     records = log(tmp_path / 'out')
-    assert [r['step'] for r in records] == [1, 2, 2] and 0 < records[-1]['val_loss'] < 20
+    # an untrained FLM is not sure even without noise, which costs m^2 / 2 nats in its bound
+    assert [r['step'] for r in records] == [1, 2, 2]
+    assert 0 < records[-1]['val_loss'] < (200 if name.endswith('flm') else 20)
     assert ('latent_loss' in records[1]) == (name in CO_LADD + DI_LADD)
 
 

@@ -253,7 +253,8 @@ def test_compiled_logits_are_never_in_fp32(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # the other side of the benchmark
 
-@pytest.mark.parametrize('config', [{}, dict(weighting='constant'), dict(method='ar'),
+@pytest.mark.parametrize('config', [{}, dict(weighting='constant'), dict(method='ar'), dict(method='flm'),
+                                    dict(method='duo'),
                                     dict(CO_LADD, p_start=0.5), DI_LADD, LDLM], ids=str)
 def test_the_full_head_of_the_benchmark_is_the_same_function(config, monkeypatch):
     """Of every method, and from the logits of all positions."""

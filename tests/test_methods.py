@@ -86,7 +86,8 @@ def test_options_are_complete_and_each_has_an_effect(name, strategy, sampler):
     method = make(name)
     options = method.sampling_options(strategy, sampler)
     assert (options['strategy'], options['sampler']) == (strategy, sampler)
-    others = {'temperature': 0.3, 'top_p': 0.4, 'eta': 0.2, 'latent_steps': 3, 'kappa': 0.3, 'tail': 'greedy'}
+    others = {'temperature': 0.3, 'top_p': 0.4, 'eta': 0.05, 'latent_steps': 3, 'kappa': 0.3,
+              'tail': 'greedy'}
 
     def sample(**options):
         return method.sample(64, 4, **options, generator=generator())
