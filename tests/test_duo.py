@@ -131,6 +131,13 @@ def test_the_prior_is_not_quite_uniform():
     assert round(prior_nats(50257), 4) == 0.0030
 
 
+def test_the_bound_pays_for_the_prior(monkeypatch):
+    method, x = make('duo'), torch.zeros(4, 12).long()
+    nats = method.nll(x)
+    monkeypatch.setattr(duo, 'prior_nats', lambda V: prior_nats(V) + 2)
+    torch.testing.assert_close(method.nll(x), nats + 2 * 12)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the curriculum
 
