@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lib.checkpoint import save
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.device import compile_in_place, pick_device
-from lib.distributed import average_gradients, connect, largest, rank_and_world, summed
+from lib.distributed import GradientAverage, connect, largest, rank_and_world, summed
 from lib.log import Log
 from lib.noise import Noise, seed_of
 from lib.signals import heed_signals, unbreakable_output
@@ -120,6 +120,7 @@ class Trainer:
         self.device_rows = self.rows.to(device)
         torch.set_float32_matmul_precision('high')
         self.names, self.params = zip(*method.named_parameters())
+        self.average = GradientAverage(self.params)
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizers = make_optimizers(method, c)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16')
@@ -149,10 +150,12 @@ class Trainer:
             micro = slice(i, None, self.accumulate)  # evenly spaced rows have evenly spaced times
             with self.autocast:
                 part, part_logs = method(x[micro], noise[micro], *(z[micro] for z in z_0))
+            if i == self.accumulate - 1:
+                self.average.begin()
             (part / self.accumulate).backward()
             loss = loss + part.detach().float() / self.accumulate
             logs = {k: logs.get(k, 0) + v / self.accumulate for k, v in part_logs.items()}
-        loss = average_gradients(self.params, loss)
+        loss = self.average.finish(loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.params, c.grad_clip or math.inf)
 
         # --- update: skipped if loss or gradient is not finite; AdamW's without asking the host -------

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from lib.configurator import UserError
 
+BUCKET = 25 * 2**20  # bytes of gradients that are exchanged at a time; as in DistributedDataParallel
+
 
 def from_environment(name, default):
     """-> the integer that torchrun has put there. UserError if somebody has put something else there."""
@@ -60,22 +62,58 @@ def connect(device):
     dist.init_process_group(backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
 
-def average_gradients(params, loss):
-    """Averages the gradients over the processes, in place, and the loss, which is returned: one all_reduce.
+class GradientAverage:
+    """Averages the gradients over the processes while the backward pass still computes the next ones.
 
-    DistributedDataParallel would have to be told which weights take part. Here a weight without a
-    gradient (in a frozen part, say) has none on any process: it is left out, and AdamW does not touch
-    it. The price is that communication does not overlap with the backward pass.
+    Gradients arrive from the last layer to the first. As soon as BUCKET bytes of them are there, their
+    all_reduce begins in the background. A gradient becomes a view of its bucket, so there is no second copy.
+
+    DistributedDataParallel would have to be told which weights take part. Here a weight without a gradient
+    (in a frozen part, say) has none on any process: no bucket holds it, and AdamW does not touch it. Every
+    process runs the same code on its rows, so the order of arrival is the same, and buckets match. A forward
+    pass compiled as one graph hands over all its gradients at the end: then nothing overlaps.
     """
-    if not dist.is_initialized():
+
+    def __init__(self, params):
+        self.params, self.listening = params, False
+        for p in params if rank_and_world()[1] > 1 else ():
+            p.register_post_accumulate_grad_hook(self.arrived)
+
+    def begin(self):
+        """Before the last backward pass of a step: the gradients that it hands over are whole."""
+        self.listening, self.waiting, self.seen, self.sent = dist.is_initialized(), [], set(), []
+
+    def arrived(self, p):
+        if self.listening:
+            self.waiting.append(p)
+            self.seen.add(id(p))
+            if sum(p.grad.nbytes for p in self.waiting) >= BUCKET:
+                self.send()
+
+    def send(self, *numbers):
+        """Begins the all_reduce of all that waits, and of numbers (1,) -> their place in the bucket."""
+        grads = [p.grad for p in self.waiting]
+        bucket = torch.cat([g.flatten() for g in grads] + [*numbers])
+        *parts, rest = bucket.split([g.numel() for g in grads] + [len(numbers)])
+        for p, part in zip(self.waiting, parts):
+            p.grad = part.view_as(p)
+        self.sent.append((bucket, dist.all_reduce(bucket, async_op=True)))
+        self.waiting = []
+        return rest
+
+    def finish(self, loss):
+        """Waits until all gradients are averages over the processes -> the average of the losses."""
+        if not self.listening:
+            return loss
+        self.listening = False
+        # the last bucket; with it, weights that an earlier micro-batch used, but not the last one
+        self.waiting += [p for p in self.params if p.grad is not None and id(p) not in self.seen]
+        loss = self.send(loss[None])[0]
+        for bucket, work in self.sent:
+            work.wait()
+            bucket /= dist.get_world_size()
+        self.sent = []
         return loss
-    grads = [p.grad for p in params if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads] + [loss[None]])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    *parts, loss = flat.split([g.numel() for g in grads] + [1])
-    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
-    return loss[0]
 
 
 def summed(tensor):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from helpers import (
     TINY,
     TINY_RUN,
@@ -28,7 +30,7 @@ import ladd
 import lib.log
 import mdlm
 import train
-from lib import checkpoint
+from lib import checkpoint, distributed
 from lib.configurator import UserError, defaults_of
 from lib.signals import heed_signals
 from methods import METHODS, build
@@ -498,8 +500,10 @@ def test_gradients_of_two_processes_are_those_of_one():
     """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not
     of earlier steps."""
     r = run_script(FORK + f"""
+import lib.distributed
 from ldlm import AdaptiveTimes
-build, average_gradients, refresh = train.build, train.average_gradients, AdaptiveTimes.refresh
+lib.distributed.BUCKET = 2000  # bytes: several buckets, and weights that are larger than one
+build, finish, refresh = train.build, train.GradientAverage.finish, AdaptiveTimes.refresh
 steps, where = [], []
 
 def build_random(config):  # heads begin at zero, and would let no gradient pass
@@ -512,13 +516,13 @@ def refresh_rounded(self):  # time embeddings multiply t by 1000 and would show 
     refresh(self)
     self.p.copy_((self.p * 2**12).round() / 2**12)
 
-def recording(params, loss):
-    loss = average_gradients(params, loss)
-    steps.append([loss.detach(), *(p.grad.clone() for p in params if p.grad is not None)])
+def recording(self, loss):
+    loss = finish(self, loss)
+    steps.append([loss.detach(), *(p.grad.clone() for p in self.params if p.grad is not None)])
     torch.save(steps, where[0])
     return loss
 
-train.build, train.average_gradients, AdaptiveTimes.refresh = build_random, recording, refresh_rounded
+train.build, train.GradientAverage.finish, AdaptiveTimes.refresh = build_random, recording, refresh_rounded
 for name, args in {TOY_METHODS!r}.items():
     # one process, and two processes that accumulate over two micro-batches each
     for world, micro in ((1, 0), (2, 2)):
@@ -544,13 +548,66 @@ for name, args in {TOY_METHODS!r}.items():
         assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
 
 
+@pytest.fixture
+def lone_group(monkeypatch):
+    """A group of processes with this one as its only member, which believes that there are two."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(distributed, 'rank_and_world', lambda: (0, 2))
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_exchanged_during_the_backward_pass(lone_group, monkeypatch):
+    """By the order of events: the exchange of a bucket begins while gradients of lower layers are missing.
+
+    Of two micro-batches only the second one exchanges; a weight that takes no part never has a gradient.
+    """
+    events, all_reduce = [], dist.all_reduce
+
+    def recording(bucket, async_op):
+        events.append(f'reduce {len(bucket)}')
+        return all_reduce(bucket, async_op=async_op)
+    monkeypatch.setattr(dist, 'all_reduce', recording)
+    monkeypatch.setattr(distributed, 'BUCKET', 2 * 64 * 4)  # two layers of 8 x 8 in fp32
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
+    params = [*layers.parameters(), nn.Parameter(torch.ones(3))]
+    for i in range(6):
+        params[i].register_post_accumulate_grad_hook(lambda p, i=i: events.append(f'gradient {i}'))
+    average, x = distributed.GradientAverage(params), torch.randn(3, 8)
+    layers(x).sum().backward()
+    assert events == [f'gradient {i}' for i in (4, 3, 2, 1, 0)]
+    events.clear()
+    average.begin()
+    layers(x).sum().backward()
+    assert average.finish(torch.tensor(3.0)) == 3
+    assert events == ['gradient 4', 'gradient 3', 'reduce 128', 'gradient 2', 'gradient 1', 'reduce 128',
+                      'gradient 0', 'reduce 65']  # the last one: with the loss
+    assert params[5].grad is None
+    averaged = [p.grad for p in params]
+    layers.zero_grad()
+    (2 * layers(x).sum()).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(averaged, params) if a is not None)
+
+
+def test_a_weight_that_only_the_first_micro_batch_used(lone_group):
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    average = distributed.GradientAverage(params)
+    params[0].sum().backward()
+    average.begin()
+    (3 * params[1]).sum().backward()
+    average.finish(torch.zeros(()))
+    assert [p.grad.tolist() for p in params] == [[1, 1], [3, 3]]
+    assert params[0].grad.untyped_storage().data_ptr() == params[1].grad.untyped_storage().data_ptr()
+
+
 def test_one_graph_holds_what_processes_tell_each_other():
     """What a GPU compiles, a forward pass with codebook and adaptive times, is one graph on two processes,
     too; and the numbers are the same."""
     r = run_script(FORK + f"""
 import ladd, ldlm
 ladd.LADD.backbones = ldlm.LDLM.backbones = lambda self: [self]  # compile all of it, as on a GPU
-train.compile_in_place = lambda modules, device: modules[0].compile(fullgraph=True, backend='eager')
+train.compile_in_place = lambda modules, *args, **options: modules[0].compile(fullgraph=True, backend='eager')
 for name in ('di_ladd', 'ldlm'):
     for compiled in (False, True):
         args = [*{TINY_RUN!r}, *{TOY_METHODS!r}[name], '--max_iters=8', f'--out_dir={{name}}{{compiled}}',
