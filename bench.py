@@ -4,6 +4,7 @@ Speed and memory of a config on this machine, and what the economical vocabulary
     python bench.py config/NAME.py [--key=value ...]                   the keys of train.py, and those below
     python bench.py config/owt_mdlm.py --vocab_size=151669             random tokens: no data set needed
     python bench.py config/owt_di_ladd.py --vocab_size=151669 --stored_latents=True --stage1_iters=0   stage 2
+    python bench.py config/owt.py --vocab_size=151669 --plan --gpu=H100 --network=400g
 
 A training step is train.py's own, on random tokens and random stored latents; a frozen encoder runs as in
 training. Everything is measured several times, each time in its own process: compiled (if the config says
@@ -14,16 +15,22 @@ Training FLOPs per sequence = 6 * (layers * (12 L d^2 + 2 L^2 d) + rows * d * V)
 backward costs twice forward; rows = L / 2, the positions that MDLM and LADD mask on average (others: L).
 LDLM adds its autoencoder and the forward pass of self-conditioning. This is the useful work, the same number
 for all variants; embeddings, AdaLN and other encoders are left out. MFU is its share of the printed peak.
+
+--plan trains nothing: it prints what 1 to 64 GPUs should need by arithmetic (lib/plan.py), at an assumed MFU.
+It measures only how fast this machine reads tokens: 64 MB of them, which are in memory, on one core.
 """
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -32,6 +39,8 @@ import model
 import train
 from lib.configurator import MOST_STEPS, UserError, configure, key, run
 from lib.device import compile_in_place, device_name, pick_device
+from lib.plan import ENCODERS, GPUS, NETWORKS, Job, table
+from lib.tokens import Tokens
 from methods import METHODS, attach_encoder, build
 
 
@@ -43,10 +52,10 @@ class Config(train.Config):
     num_samples: int = key(2, at_least=0)  # sequences sampled at once; 0: no sampling
     # compiled | eager | full: what to measure in this process; '': one process for each, and a table of them
     variant: str = key('', choices=('', 'compiled', 'eager', 'full'))
-
-
-# dense bf16 FLOP/s by the data sheets
-PEAKS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+    plan: bool = False                     # no measurement, but what 1 to 64 GPUs should need: lib/plan.py
+    gpu: str = key('H100', choices=tuple(GPUS), only={'plan': True})
+    network: str = key('nvlink', choices=tuple(NETWORKS), only={'plan': True})  # between GPUs
+    mfu: float = key(0.4, above=0, at_most=1, only={'plan': True})  # assumed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,7 +125,7 @@ def peak_memory(device):
 def peak_flops(device, dtype):
     """-> FLOP/s, and where that number is from."""
     name = device_name(device)
-    for card, peak in PEAKS.items():
+    for card, (peak, _) in GPUS.items():
         if card in name and dtype == torch.bfloat16:
             return peak, f'{name}: {peak / 1e12:.0f} TFLOP/s dense bf16 by the data sheet'
     n = 8192 if device.type == 'cuda' else 2048
@@ -225,9 +234,59 @@ def print_table(results, rows):
             print(f'{label:44}' + ''.join(map(cell, values)) + ratio)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# the plan
+
+OFFICIAL = 'official H100-hours per million steps on OWT: MDLM 1,296, Co-LADD-64 1,760, Di-LADD-64 1,786'
+
+
+def job_of(config):
+    """What a step of this config computes, as plan.Job. ValueError if its FLOPs are not counted."""
+    with torch.device('meta'):
+        method, headless = build(config), build({**config, 'vocab_size': 1})
+    c = SimpleNamespace(**config)
+    L, sizes = c.block_size, [p.numel() for p in method.parameters()]
+    trunk = headless.training_flops(L) / 6
+    reads = method.encoder_name and not method.stored_latents
+    encoder = 2 * ENCODERS.get(method.encoder_name, 0) * L if reads else 0
+    return Job(c.batch_size, c.micro_batch, L, c.hidden, c.vocab_size, sum(sizes), sizes[0], trunk,
+               method.training_flops(L) / 6 - trunk, encoder)
+
+
+def measure_feed(L, dtype, rows=64, seconds_long=1.0):
+    """Tokens/s that a process reads from a file in memory, as in training."""
+    with tempfile.TemporaryDirectory() as folder:
+        ids = np.arange(2**26 // np.dtype(dtype).itemsize, dtype=dtype) % 1000
+        ids.tofile(os.path.join(folder, 'train.bin'))
+        meta = dict(train={'tokens': len(ids)}, vocab_size=1000, dtype=dtype, tokenizer={'kind': 'gpt2'},
+                    wrap=False, eos_id=None, bos_id=None)
+        with open(os.path.join(folder, 'meta.json'), 'w') as f:
+            json.dump(meta, f)
+        data, start, step = Tokens(folder, 'train', L), time.perf_counter(), 0
+        while time.perf_counter() < start + seconds_long or not step:
+            data.batch(0, step, torch.arange(rows))
+            step += 1
+        return step * rows * L / max(time.perf_counter() - start, 1e-9)
+
+
+def print_plan(config):
+    c, job = SimpleNamespace(**config), job_of(config)
+    feed = measure_feed(c.block_size, 'uint32' if c.vocab_size > 2**16 else 'uint16')
+    print(f'{c.method}, {job.params / 1e6:,.0f}M trained parameters, L = {job.length}, V = {job.vocab:,}, '
+          f'batch {job.batch}; {c.gpu}, {c.network}: {NETWORKS[c.network] / 1e9:g} GB/s each way')
+    for label, numbers in table(job, c.gpu, c.network, c.mfu, feed):
+        print(f'{label:48}' + ''.join(map(cell, numbers)))
+    print(OFFICIAL)
+
+
 def main(argv):
     config, device = prepare(argv)
     c = SimpleNamespace(**config)
+    if c.plan:
+        try:
+            return print_plan(config)
+        except ValueError as e:
+            raise UserError(e) from e
     if c.variant:
         with redirect_stdout(sys.stderr):  # where a step prints its news: our output is JSON and nothing else
             result = measure(c, config, device)

@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make
 
 import bench
 import mdlm
+import model
 import train
 from lib.configurator import UserError
+from lib.plan import Job, table
 from methods import build
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -148,6 +151,71 @@ def test_where_memory_is_not_known(monkeypatch, capsys):
     assert [line.split()[0] for line in lines[3:]] == ['training,', 'training,']
 
 
+# a head of 2^20 multiply-adds, a trunk of 10 values that cost 12 * 4 + 2 * 8 = 64 each
+JOB = Job(batch=64, micro=2, length=8, width=4, vocab=100, params=1e9, first=1e8, trunk=640, head=2**20,
+          encoder=1000)
+
+
+def test_the_plan_of_a_job_counted_by_hand():
+    flops = 64 * (6 * (640 + 2**20) + 1000)
+    assert JOB.flops() == flops
+    assert JOB.compute(8, 1e12, 0.5) == pytest.approx(flops / 8 / 0.5e12)
+    assert JOB.exchanged(1) == 0 and JOB.exchanged(2) == 4e9  # each sends half of its 4 GB, twice
+    assert JOB.exposed(2, 3.0, 1e9) == pytest.approx(2.0)  # 4 s, 2 s of them hidden
+    assert JOB.exposed(2, 9.0, 1e9) == pytest.approx(0.4)  # the first layer is a tenth of the weights
+    assert JOB.state() == 22e9 and JOB.head_bytes(logits=10) == 100 + 800
+    assert JOB.activations() == 10 * 54 and JOB.activations(checkpointing=True) == 10 * 4
+    assert JOB.memory(8) == 22e9 + JOB.head_bytes() + 2 * 540
+    assert JOB.largest_micro(1e9) == 0
+    assert JOB.largest_micro((22e9 + JOB.head_bytes() + 540 * 3.5) / 0.9) == 3
+    rows = dict(table(JOB, 'H100', '25g', 0.4, None, counts=(1, 2, 3)))
+    assert rows['GPUs'] == [1, 2]  # three do not divide the batch
+    assert rows['exchanging them, ms'] == [0, pytest.approx(4e9 / 3.125e9 * 1000)]
+    assert rows['GPU-hours'][1] == 2 * rows['hours per million steps, no overlap'][1]
+
+
+def test_the_plan_of_a_config():
+    config, _ = bench.prepare(['config/owt_mdlm.py', '--vocab_size=100', '--device=cpu'])
+    job = bench.job_of(config)
+    assert job.trunk == pytest.approx(13 * (12 * 512 * 1024**2 + 2 * 512**2 * 1024), rel=1e-3)
+    assert job.head == pytest.approx(256 * 1024 * 100, rel=0.02) and job.first == 101 * 1024
+    assert job.encoder == 0
+    config, _ = bench.prepare(['config/owt.py', '--vocab_size=100', '--device=cpu'])
+    assert bench.job_of(config).encoder == 2 * 440e6 * 512
+
+
+def test_a_layer_keeps_what_the_plan_says(monkeypatch):
+    """Bytes saved for backward by a third layer, without its weights' copies in bf16.
+
+    No dropout, whose masks (1 d each) are larger on a CPU; but a CPU copies the output of attention (2 d).
+    """
+    monkeypatch.setattr(model, 'attend', lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v))
+
+    def saved(num_layers, B=8, L=64, d=64):
+        torch.manual_seed(0)
+        dit = model.DiT(d, num_layers, 2, 8, L)
+        weights = {p.untyped_storage().data_ptr() for p in dit.parameters()}
+        found = {}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in weights:
+                found[t.untyped_storage().data_ptr()] = t.untyped_storage()  # kept, so that no address recurs
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast('cpu'):
+            dit(torch.randn(B, L, d, requires_grad=True))
+        matrices = sum(p.numel() for p in dit.parameters() if p.dim() > 1)
+        return (sum(s.nbytes() for s in found.values()) - 2 * matrices) / (B * L * d)
+    assert saved(3) - saved(2) == pytest.approx(54 - 2 + 2, rel=0.02)
+
+
+def test_the_plan_is_printed(capsys):
+    bench.main(['config/owt.py', '--vocab_size=1000', '--plan', '--device=cpu'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ['GPUs', '1', '8', '16', '64'] and '1,760' in lines[-1]
+    measured, = (line for line in lines if line.startswith('feed measured'))
+    assert float(measured.split()[-1].replace(',', '')) > 1000
+
+
 def test_mistakes():
     for args, message in [
             (['--vocab_size=100'], 'need a block_size'),
@@ -155,6 +223,9 @@ def test_mistakes():
             (['--method=ldlm', *RANDOM, '--stage=autoencoder'], 'counted for stage=joint'),
             ([*RANDOM, '--iters=0'], 'iters must be at least 1, not 0'),
             ([*RANDOM, '--variant=fast'], 'variant is one of'),
+            ([*RANDOM, '--gpu=H100x', '--plan'], 'gpu is one of'),
+            ([*RANDOM, '--gpu=A100'], 'gpu=A100 has no effect with plan=False'),
+            (['--method=ldlm', *RANDOM, '--stage=autoencoder', '--plan'], 'counted for stage=joint'),
             ([*RANDOM, '--micro_batch=3'], 'micro_batch=3 does not divide')]:
         with pytest.raises(UserError, match=message):
             bench.main([*TINY, *args])
