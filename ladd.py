@@ -652,7 +652,7 @@ def latents_at(c):
 class Encoder(nn.Module):
     """Learned: a DiT over the tokens and M query positions; its outputs at these are the latent.
 
-    Our choice: the paper reads the last M token positions.
+    Our choice: a learned encoder of the paper and of the official code reads the rightmost M token positions.
     """
 
     def __init__(self, c):

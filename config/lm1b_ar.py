@@ -1,7 +1,7 @@
 """
 The left-to-right model on LM1B: as many parameters, tokens and steps as lm1b_mdlm.py, the paper's settings.
 
-    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_ar.py
 
 The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower.

@@ -3,7 +3,7 @@ Co-LADD-32 on LM1B with the paper's settings (LADD section 5.2): 184M parameters
 Qwen3 vocabulary (151,669 ids and [mask]). The latents are the states of the frozen Qwen3-Embedding, averaged
 over 31 pieces of the text, and the state of its EOS.
 
-    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py --num_latents=128 \
         --out_dir=out/lm1b_co_ladd_128

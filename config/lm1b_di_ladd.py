@@ -2,7 +2,7 @@
 Di-LADD-32 on LM1B with the paper's settings (LADD section 5.2): as lm1b_co_ladd.py, but the pooled states are
 quantised.
 
-    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_di_ladd.py
 
 Di-LADD-128:  --num_latents=128 --codebook_size=511 --latent_dim=32 --out_dir=out/lm1b_di_ladd_128

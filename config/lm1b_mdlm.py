@@ -2,11 +2,12 @@
 MDLM on LM1B with the paper's settings (LADD section 5.2): 184M parameters without embeddings and head, Qwen3
 vocabulary (151,669 ids and [mask]).
 
-    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/lm1b/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_mdlm.py
 
 The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. The number of steps is
-derived, not stated: 10 billion tokens, of which a masked diffusion model is charged half.
+derived, not stated: 10 billion tokens, of which a masked diffusion model is charged half. --wrap makes the
+official chunks: BOS, 126 ids, EOS, all of them scored. Without it a perplexity is about 5 % higher.
 """
 dataset = 'lm1b'
 method = 'mdlm'

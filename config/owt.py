@@ -3,7 +3,7 @@ The flagship, Co-LADD-64 on OpenWebText with the paper's settings (LADD section 
 embeddings and heads, Qwen3 vocabulary (151,669 ids and [mask]), sequences of 512. The latents are the states
 of the frozen Qwen3-Embedding, averaged over 63 pieces of the text, and the state of its EOS.
 
-    python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/owt.py
     torchrun --standalone --nproc_per_node=8 train.py config/owt.py --num_latents=16 --out_dir=out/owt_16
     python sample.py --out_dir=out/owt --steps=32

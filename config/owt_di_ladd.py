@@ -2,7 +2,7 @@
 Di-LADD-64 on OpenWebText with the paper's settings (LADD section 5.3): as owt.py, but the pooled states are
 quantised.
 
-    python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/owt_di_ladd.py
     python sample.py --out_dir=out/owt_di_ladd --steps=32 [--strategy=seq --latent_steps=8]
 

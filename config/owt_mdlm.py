@@ -2,11 +2,12 @@
 MDLM on OpenWebText with the paper's settings (LADD section 5.3): 184M parameters without embeddings and head,
 Qwen3 vocabulary (151,669 ids and [mask]), sequences of 512.
 
-    python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B
+    python data/openwebtext/prepare.py --tokenizer=Qwen/Qwen3-Embedding-0.6B --wrap
     torchrun --standalone --nproc_per_node=8 train.py config/owt_mdlm.py
 
 The paper keeps the learning rate constant; --decay_lr=cosine (or linear) ends lower. 500k steps are the
-default of the official scripts.
+default of the official scripts. --wrap makes the official chunks: BOS, 510 ids, EOS, all of them scored.
+Without it a perplexity is about 1.3 % higher.
 """
 dataset = 'openwebtext'
 method = 'mdlm'

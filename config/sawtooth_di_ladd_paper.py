@@ -1,6 +1,8 @@
 """
 Di-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the
-stages are not known: our choice). A batch of 2,048 wants a GPU, or patience.
+stages are not known: our choice). What differs: our encoder adds a query for the latent, where the official
+one reads the state of the last token; dropout reaches it, too; and the codebook rests after stage 1. A batch
+of 2,048 wants a GPU, or patience.
 """
 dataset = 'sawtooth'
 method = 'ladd'
@@ -9,7 +11,8 @@ latent = 'discrete'
 hidden = 32
 num_layers = 4
 num_heads = 2
-cond_dim = 128
+cond_dim = 16
+dropout = 0.1
 encoder_layers = 4
 num_latents = 1
 latent_dim = 32

@@ -106,6 +106,23 @@ def test_the_settings_of_the_paper_with_latents(name, overrides, M, D, K, gflops
     assert not list(method.encoder.parameters())
 
 
+def test_the_official_settings_on_sawtooth():
+    for name, d, heads, cond_dim, ema in [('mdlm', 64, 4, 32, 0), ('co_ladd', 32, 2, 16, 0.99),
+                                          ('di_ladd', 32, 2, 16, 0.99)]:
+        c = SimpleNamespace(**read(f'sawtooth_{name}_paper'))
+        assert (c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.ema) == (d, 4, heads, cond_dim, ema)
+        assert (c.dropout, c.batch_size, c.learning_rate, c.weight_decay) == (0.1, 2048, 3e-4, 0.03)
+        assert (c.weighting, c.warmup_iters, c.grad_clip) == ('elbo', 2500, 1)
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if n.startswith(('lm1b', 'owt'))])
+def test_chunks_are_as_published(name):
+    """LADD's are BOS ... EOS; LDLM's are cut from one stream."""
+    with open(config_file(name)) as f:
+        command, = (line for line in f if '/prepare.py' in line)
+    assert ('--wrap' in command) == ('ldlm' not in name)
+
+
 @pytest.mark.parametrize('data', ['shakespeare_char', 'text'])
 @pytest.mark.parametrize('kind', ['co_ladd', 'di_ladd'])
 def test_ladd_and_mdlm_are_comparable(data, kind):
