@@ -5,6 +5,10 @@ x[mask], a number of rows that depends on the data) fails there, and so does one
 forgotten on the CPU. Nothing here is `cpu`, so the branches are those of a GPU.
 """
 import contextlib
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,3 +71,19 @@ def test_it_would_be_seen(spoilt, monkeypatch):
     monkeypatch.setattr(method, 'corrupt', wrapped)
     with pytest.raises((RuntimeError, NotImplementedError), match='meta'):
         step(method, 0)
+
+
+@pytest.mark.slow
+def test_the_commands_for_the_first_gpu_are_rehearsed(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def python(script, *args):
+        subprocess.run([sys.executable, os.path.join(root, script), *args], cwd=tmp_path, check=True)
+    (tmp_path / 'text.txt').write_text('\n\n\n'.join('To be, or not to be.\n' * 40 for _ in range(12)))
+    python('data/text/prepare.py', '--input', 'text.txt', '--tokenizer=char', f'--name={tmp_path}/toy')
+    for command, parts in (('check', 5), ('bench', 3), ('train', 5)):
+        python('tests/first_gpu.py', command, '--rehearse', f'--dataset={tmp_path}/toy')
+        kept = json.loads((tmp_path / f'out/first_gpu/{command}.json').read_text())['parts']
+        assert len(kept) == parts and all(kept.values())
+        for numbers in kept.values() if command == 'check' else ():
+            assert numbers['largest relative difference of 20 losses'] < 0.02  # bf16 has 8 bits
