@@ -6,9 +6,9 @@ The first hour on a GPU: three commands that measure what RESULTS.md cannot say 
     python tests/first_gpu.py train     ten times the CPU's budget on Tiny Shakespeare, which is prepared
     python tests/first_gpu.py table FILE.json ...     what they wrote, as tables for RESULTS.md
 
-Each of the first three ends within nine minutes. It writes out/first_gpu/COMMAND.json after every part, so one
-that is cut off has lost nothing. --dataset=NAME takes another set; for words, add the config files to `train`
-(data prepared as they say). --rehearse makes everything tiny, on the CPU: a test does that.
+Each of the first three ends within nine minutes. It writes out/first_gpu/COMMAND.json after every part, so
+one that is cut off has lost nothing. --dataset=NAME takes another set; for words, add the config files to
+`train` (data prepared as they say). --rehearse makes everything tiny, on the CPU: a test does that.
 """
 import json
 import os
@@ -29,7 +29,8 @@ BENCHED = {'config/owt_mdlm.py': RANDOM,
 TINY = ['--hidden=16', '--num_layers=1', '--num_heads=2', '--cond_dim=8', '--batch_size=4', '--device=cpu',
         '--compile=False']
 TINY_OF = {'ladd': ['--num_latents=2', '--latent_dim=4'],
-           'ldlm': ['--latent_dim=16', '--latent_layers=1', '--decoder_layers=1', '--adaptive_bins=4', '--layer=-1']}
+           'ldlm': ['--latent_dim=16', '--latent_layers=1', '--decoder_layers=1', '--adaptive_bins=4',
+                    '--layer=-1']}
 
 
 def run(seconds, *argv):

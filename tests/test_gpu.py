@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from lib import prepare
 from lib.noise import Noise
 from methods import build
 
@@ -74,13 +75,13 @@ def test_it_would_be_seen(spoilt, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_commands_for_the_first_gpu_are_rehearsed(tmp_path):
+def test_the_commands_for_the_first_gpu_are_rehearsed(tmp_path, monkeypatch):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     def python(script, *args):
         subprocess.run([sys.executable, os.path.join(root, script), *args], cwd=tmp_path, check=True)
-    (tmp_path / 'text.txt').write_text('\n\n\n'.join('To be, or not to be.\n' * 40 for _ in range(12)))
-    python('data/text/prepare.py', '--input', 'text.txt', '--tokenizer=char', f'--name={tmp_path}/toy')
+    monkeypatch.setattr(prepare, 'DATA', str(tmp_path))
+    prepare.write('toy', {'train': lambda: iter([('To be, or not to be. ' * 400, True)])}, 'char', tail=0.5)
     for command, parts in (('check', 5), ('bench', 3), ('train', 5)):
         python('tests/first_gpu.py', command, '--rehearse', f'--dataset={tmp_path}/toy')
         kept = json.loads((tmp_path / f'out/first_gpu/{command}.json').read_text())['parts']

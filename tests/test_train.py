@@ -489,11 +489,11 @@ def processes(world, args, prepare):
 """
 
 
-def run_script(text):
+def run_script(text, timeout=300):
     with open('script.py', 'w') as f:
         f.write(text)
     return subprocess.run([sys.executable, 'script.py'], capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=timeout)
 
 
 def test_gradients_of_two_processes_are_those_of_one():
@@ -653,6 +653,57 @@ print(processes(2, [*args, '--out_dir=full'], at(5, 0, limit)))
     assert steps == [6, 4, 4]
     assert r.stderr.count('not finite in 3 steps in a row, up to step 8') == 1
     assert r.stderr.count('cannot write full/ckpt.pt') == 1
+
+
+@pytest.mark.slow
+def test_twenty_bad_days_of_eight_processes():
+    """A process is killed at a random moment, twenty times, and the number of processes is another at each
+    restart. On the way one is slow, one meets a NaN, and rank 0 has a full disk. The losses are those of one
+    process without any of this, but for the NaN."""
+    r = run_script(FORK + f"""
+import mdlm, random, resource, signal, time
+forward = mdlm.MDLM.forward
+rng = random.Random(0)
+args = [*{TINY_RUN!r}, '--max_iters=60', '--eval_interval=20', '--checkpoint_interval=1', '--ema=0.9']
+
+def day(victim=None, fatal=0, delay=0.0, full=False, slow=None):
+    def prepare(rank):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process on the spot
+        seen = []
+        def wrapped(self, x, noise):
+            if self.training:
+                seen.append(noise.step)
+                if rank == victim and len(seen) == fatal:
+                    if full:
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+                    else:
+                        signal.setitimer(signal.ITIMER_REAL, delay)
+                if rank == slow:
+                    time.sleep(0.05)
+            loss, logs = forward(self, x, noise)
+            return loss * (float('nan') if noise.step == 9 and rank == 0 and self.training else 1.0), logs
+        mdlm.MDLM.forward = wrapped
+    return prepare
+
+print(processes(1, [*args, '--out_dir=one'], day()))
+for i in range(20):
+    world = 8 if i % 2 == 0 else rng.choice((1, 2, 4))
+    slow = 1 if i % 3 == 0 else None
+    what = day(rng.randrange(world), rng.randint(1, 4), rng.uniform(1e-4, 0.05), slow=slow)
+    print(world, processes(world, [*args, '--out_dir=many'], day(0, 2, full=True) if i == 10 else what))
+print(processes(8, [*args, '--out_dir=many'], day()))
+""", timeout=1800)
+    assert r.returncode == 0, r.stderr
+    days = [line for line in r.stdout.splitlines() if re.fullmatch(r'\d* ?\[.*\]', line)]
+    print(*days, sep='\n')
+    assert days[0] == '[0]' and days[-1] == str([0] * 8) and len(days) == 22
+    assert sum('-14' in day for day in days) >= 15  # SIGALRM; a run may also have been faster
+    assert '[2' in days[11]
+    one, many = (torch.tensor(losses(name)) for name in ('one', 'many'))
+    assert one.shape == (60, 3) and one[9, 1].isnan() and many[9, 1].isnan()
+    assert torch.allclose(one, many, rtol=1e-3, equal_nan=True)
+    a, b = weights('one'), weights('many')
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
 def test_kill_at_any_moment(tmp_path):
