@@ -248,13 +248,15 @@ def job_of(config):
     L, sizes = c.block_size, [p.numel() for p in method.parameters()]
     trunk = headless.training_flops(L) / 6
     reads = method.encoder_name and not method.stored_latents
+    if reads and method.encoder_name not in ENCODERS:
+        print(f'without the forward passes of {method.encoder_name}, whose size lib/plan.py does not know')
     encoder = 2 * ENCODERS.get(method.encoder_name, 0) * L if reads else 0
     return Job(c.batch_size, c.micro_batch, L, c.hidden, c.vocab_size, sum(sizes), sizes[0], trunk,
                method.training_flops(L) / 6 - trunk, encoder)
 
 
-def measure_feed(L, dtype, rows=64, seconds_long=1.0):
-    """Tokens/s that a process reads from a file in memory, as in training."""
+def measure_feed(L, dtype, rows=64, at_least=1.0):
+    """Tokens/s that a process reads from a file in memory, as in training, in `at_least` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         ids = np.arange(2**26 // np.dtype(dtype).itemsize, dtype=dtype) % 1000
         ids.tofile(os.path.join(folder, 'train.bin'))
@@ -263,7 +265,7 @@ def measure_feed(L, dtype, rows=64, seconds_long=1.0):
         with open(os.path.join(folder, 'meta.json'), 'w') as f:
             json.dump(meta, f)
         data, start, step = Tokens(folder, 'train', L), time.perf_counter(), 0
-        while time.perf_counter() < start + seconds_long or not step:
+        while time.perf_counter() < start + at_least or not step:
             data.batch(0, step, torch.arange(rows))
             step += 1
         return step * rows * L / max(time.perf_counter() - start, 1e-9)

@@ -175,13 +175,19 @@ def test_the_plan_of_a_job_counted_by_hand():
 
 
 def test_the_plan_of_a_config():
-    config, _ = bench.prepare(['config/owt_mdlm.py', '--vocab_size=100', '--device=cpu'])
+    config, _ = bench.prepare([f'{ROOT}/config/owt_mdlm.py', '--vocab_size=100', '--device=cpu'])
     job = bench.job_of(config)
     assert job.trunk == pytest.approx(13 * (12 * 512 * 1024**2 + 2 * 512**2 * 1024), rel=1e-3)
     assert job.head == pytest.approx(256 * 1024 * 100, rel=0.02) and job.first == 101 * 1024
     assert job.encoder == 0
-    config, _ = bench.prepare(['config/owt.py', '--vocab_size=100', '--device=cpu'])
+    config, _ = bench.prepare([f'{ROOT}/config/owt.py', '--vocab_size=100', '--device=cpu'])
     assert bench.job_of(config).encoder == 2 * 440e6 * 512
+
+
+def test_an_encoder_of_unknown_size_is_named(capsys):
+    config, _ = bench.prepare([f'{ROOT}/config/owt.py', '--vocab_size=100', '--encoder=out/mine'])
+    assert bench.job_of(config).encoder == 0
+    assert 'without the forward passes of out/mine' in capsys.readouterr().out
 
 
 def test_a_layer_keeps_what_the_plan_says(monkeypatch):
@@ -209,7 +215,7 @@ def test_a_layer_keeps_what_the_plan_says(monkeypatch):
 
 
 def test_the_plan_is_printed(capsys):
-    bench.main(['config/owt.py', '--vocab_size=1000', '--plan', '--device=cpu'])
+    bench.main([f'{ROOT}/config/owt.py', '--vocab_size=1000', '--plan', '--device=cpu'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ['GPUs', '1', '8', '16', '64'] and '1,760' in lines[-1]
     measured, = (line for line in lines if line.startswith('feed measured'))
