@@ -170,10 +170,11 @@ def encode_all(stream, tok, workers):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except BaseException:  # an error or a signal: nobody needs what the workers are at
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
+        finally:
+            # after an error or a signal, tasks that have not begun never do. One that has begun is soon done;
+            # a worker that is killed while it hands in its result would leave the pool waiting for the rest
+            for future in pending:
+                future.cancel()
 
 
 def tasks(stream):

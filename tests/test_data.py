@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import unicodedata
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from helpers import disk_full
 import lib.prepare
 import lib.tokens
 from lib.configurator import UserError, run
-from lib.prepare import write
+from lib.prepare import encode, write
 from lib.tokens import Char, Tokens, WithLatents, latents_of, load_tokenizer, named_tokenizer, read_meta
 from sample import read_texts
 
@@ -369,22 +368,26 @@ def test_check_reads_every_byte(tmp_path, monkeypatch, capsys):
     assert 'not as they were written' in shown.err
 
 
-def never_ending(task):
-    time.sleep(3600)
+def slow(task):
+    with open('begun', 'a') as f:
+        f.write('.')
+    time.sleep(1)
+    return encode(task)
 
 
-def test_a_signal_does_not_wait_for_the_workers(tmp_path, monkeypatch):
-    """They sleep as if a tokenizer never ended."""
+def test_a_signal_waits_for_no_task_that_has_not_begun(tmp_path, monkeypatch):
     prepared('words')
-    monkeypatch.setattr(lib.prepare, 'encode', never_ending)
+    monkeypatch.setattr(lib.prepare, 'encode', slow)
+    monkeypatch.setattr(lib.prepare, 'PIECE', 4)  # a task for each text
 
     def stream():
-        yield '12', True
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    start = time.time()
+        for i in range(12):
+            yield '12', True
+            if i == 8:  # while the workers sleep over the first two
+                os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit):
         write('t', {'train': stream}, str(tmp_path / 'data/words'), tail=1, workers=2)
-    assert time.time() - start < 1800 and not (tmp_path / 'data/t').exists()
+    assert len((tmp_path / 'begun').read_text()) <= 6 and not (tmp_path / 'data/t').exists()
 
 
 def test_a_text_file_is_read_as_it_would_be_prepared(tmp_path):
