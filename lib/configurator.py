@@ -144,6 +144,8 @@ def fit(name, value, default):
         if value == int(value) and abs(value) < 2**63:
             return int(value)
     elif type(value) is kind and kind in (bool, str):
+        if '\0' in str(value):  # in a name of a file it is a ValueError, wherever that is opened
+            raise UserError(f'{name} holds the character \\0, which no text and no name of a file has')
         return value
     wants = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string'}[kind]
     raise UserError(f'{name} wants {wants} (default {default!r}), not {value!r}')

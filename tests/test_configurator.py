@@ -103,6 +103,11 @@ def test_integers(text, value):
     assert c['steps'] == value and type(c['steps']) is int
 
 
+def test_no_string_holds_the_character_0(tmp_path):
+    fails(['--name=a\0b'], 'name holds the character')
+    fails([write(tmp_path, r'out_dir = "out/\0"')], 'out_dir holds the character')
+
+
 def test_a_leading_tilde_is_home(tmp_path, monkeypatch):
     @dataclass
     class Prompted(Script):

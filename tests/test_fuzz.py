@@ -93,12 +93,12 @@ COMMANDS = {
         [*TEXT, '--name=new', '--split=line', '--val_fraction=0.3', '--wrap']]),
 }
 # values by the type of a key's default
-VALUES = {int: ['-1', '0', '1', '2', '3', '7', '1.5', '-1e300', '1e4'], bool: ['True', 'False', ''],
+VALUES = {int: ['-1', '0', '1', '2', '3', '7', '1.5', '-1e300'], bool: ['True', 'False', ''],
           float: ['-1', '0', '1', '2', '-0.5', '0.5', '1e-9', '-1e300', '1e300', '1e400', 'nan'],
           str: ['', 'x', '1', '1,2', '0,1', 'é', '\ud800', '\0', '~', '~/x', '/', '..', 'a' * 300, 'out/run',
                 'out/ar', 'out/none', 'out/run/ckpt.pt', 'data/set', 'text.txt', 'f.png', 'x.npy', 'x.jsonl',
                 '/dev/full', '/dev/null/x', 'seq', 'joint', 'entropy', 'cuda:1', 'char', '$x$', '_x']}
-HUGE = ['99999999999', '1e18', '9223372036854775807', '1' + '0' * 30]
+HUGE = ['1e4', '99999999999', '1e18', '9223372036854775807', '1' + '0' * 30]
 # their size is the time that a command takes, or memory that a machine might just have
 WORK = {'max_iters', 'num_layers', 'encoder_layers', 'latent_layers', 'decoder_layers', 'num_samples',
         'nll_draws', 'iters', 'val_seqs', 'eval_seqs', 'num_latents', 'adaptive_bins', 'workers',
@@ -209,9 +209,10 @@ def must(command, *argv):
 
 
 def records(folder):
-    """log.jsonl without its speeds."""
+    """log.jsonl without its speeds, and without validation, which a signal in its step leaves out."""
     with open(f'{folder}/log.jsonl') as f:
-        return [{k: v for k, v in json.loads(line).items() if k != 'tokens_per_s'} for line in f]
+        found = map(json.loads, f)
+        return [{k: v for k, v in r.items() if k != 'tokens_per_s'} for r in found if 'val_loss' not in r]
 
 
 def sums(folder):
