@@ -95,8 +95,8 @@ def bench(config, seconds, dataset, rehearse):
     small = [*tiny(config), '--steps=2', '--vocab_size=50', '--iters=1'] if rehearse else []
     numbers, end = {}, time.monotonic() + seconds
     for others, variant in ((2, 'compiled'), (1, 'eager'), (0, 'full')):
-        out = run(end - time.monotonic() - 20 * others, 'bench.py', os.path.join(ROOT, config), *BENCHED[config],
-                  f'--variant={variant}', *small)
+        out = run(end - time.monotonic() - 20 * others, 'bench.py', os.path.join(ROOT, config),
+                  *BENCHED[config], f'--variant={variant}', *small)
         parts = json.loads(out) if out else {'failed': 'no memory or no time'}
         numbers |= {f'{variant}: {k}': v for k, v in parts.items()}
     return numbers

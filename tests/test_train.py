@@ -1,4 +1,5 @@
 """train.py: it learns and says so, continues exactly, survives bad days, and many processes equal one."""
+import math
 import os
 import re
 import signal
@@ -657,9 +658,9 @@ print(processes(2, [*args, '--out_dir=full'], at(5, 0, limit)))
 
 @pytest.mark.slow
 def test_twenty_bad_days_of_eight_processes():
-    """A process is killed at a random moment, twenty times, and the number of processes is another at each
-    restart. On the way one is slow, one meets a NaN, and rank 0 has a full disk. The losses are those of one
-    process without any of this, but for the NaN."""
+    """On nineteen of them a process is killed at a random moment, on one the disk of rank 0 is full; after
+    each the number of processes is another. Some processes are slow, and one meets a NaN. The losses are
+    those of one process without any of this, but for the NaN."""
     r = run_script(FORK + f"""
 import mdlm, random, resource, signal, time
 forward = mdlm.MDLM.forward
@@ -697,9 +698,10 @@ print(processes(8, [*args, '--out_dir=many'], day()))
     days = [line for line in r.stdout.splitlines() if re.fullmatch(r'\d* ?\[.*\]', line)]
     print(*days, sep='\n')
     assert days[0] == '[0]' and days[-1] == str([0] * 8) and len(days) == 22
-    assert sum('-14' in day for day in days) >= 15  # SIGALRM; a run may also have been faster
+    assert sum('-14' in day for day in days) == 19  # SIGALRM
     assert '[2' in days[11]
-    one, many = (torch.tensor(losses(name)) for name in ('one', 'many'))
+    one, many = (torch.tensor([[math.nan if v is None else v for v in r] for r in losses(name)])
+                 for name in ('one', 'many'))
     assert one.shape == (60, 3) and one[9, 1].isnan() and many[9, 1].isnan()
     assert torch.allclose(one, many, rtol=1e-3, equal_nan=True)
     a, b = weights('one'), weights('many')
