@@ -417,7 +417,7 @@ def test_keys_exist():
     scripts = [getattr(importlib.import_module(module), Keys) for module, _, Keys in parts]
     known = {key for Keys in scripts for key in defaults_of(Keys)}
     known |= {key for Method in METHODS.values() for key in method_keys(Method)}
-    prepare = {'input', 'tokenizer', 'name', 'split', 'set', 'wrap'}
+    prepare = {'input', 'tokenizer', 'name', 'split', 'set', 'wrap', 'out'}  # and data/text/bpe.py
     torchrun = {'standalone', 'nnodes', 'nproc_per_node', 'max-restarts', 'rdzv_backend', 'rdzv_endpoint'}
     used = set(re.findall(r'--([a-z][\w-]*)', EVERYTHING))
     assert used - known - prepare - torchrun == {'key', 'slow', 'help'}
