@@ -299,7 +299,7 @@ def run(main, Keys=None, methods=None):
         except OSError as e:
             discard_output()
             end(f'cannot read or write: {e}')
-        except (MemoryError, RuntimeError) as e:
+        except (MemoryError, RuntimeError, TypeError) as e:
             if not is_out_of_memory(e):
                 raise
             keys = [f'--{k}' for k in SAVES_MEMORY if Keys and k in defaults_of(Keys)]
@@ -313,7 +313,8 @@ def is_out_of_memory(e):
     """Whether this is how Python, or torch on some device, says that memory is used up."""
     said = f'{type(e).__name__} {e}'.lower()
     return any(words in said for words in ('memoryerror', 'out of memory', 'defaultcpuallocator',
-                                           'storage size calculation overflowed'))
+                                           'storage size calculation overflowed',
+                                           'overflow when unpacking long'))  # a size of 2^63
 
 
 def end(message):

@@ -35,6 +35,7 @@ from helpers import (
     weights,
 )
 
+import bench
 import lib.files
 import sample
 import train
@@ -568,6 +569,11 @@ def test_memory_that_there_is_not(monkeypatch, capsys):
                  '--batch_size=1e14', keys=sample.Config)
     assert line == ('error: out of memory; less of it is needed with a smaller --batch_size, --num_samples, '
                     '--steps\n')
+
+
+def test_a_size_that_no_machine_counts_to(monkeypatch, capsys):
+    argv = [f'--vocab_size={2**63 - 1}', '--block_size=16', '--device=cpu']
+    assert fails(bench, monkeypatch, capsys, *argv) == 'error: out of memory\n'
 
 
 def test_what_a_killed_writer_left_is_no_part_of_the_next_file():

@@ -58,7 +58,8 @@ ENCODE = ['--method=ladd', '--encoder=out/ar', '--dataset=data/set', '--block_si
 COMMANDS = {
     'train': (train.main, train.Config, METHODS, [
         [*TRAIN, '--out_dir=out/run'], [*TRAIN, '--out_dir=out/run', '--max_iters=6', '--optimizer=muon'],
-        ['config.py'], [*TRAIN, '--out_dir=out/new', '--method=ar'],
+        ['config.py', '--max_iters=8', '--hidden=16', '--num_layers=1', '--num_heads=2', '--eval_seqs=4'],
+        [*TRAIN, '--out_dir=out/new', '--method=ar'],
         [*TRAIN, '--out_dir=out/new', *LADD, '--stage1_iters=2'],
         [*TRAIN, '--out_dir=out/new', '--init_from=out/run'],
         [*TRAIN, '--out_dir=out/run', '--init_from=scratch'],
