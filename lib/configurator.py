@@ -294,10 +294,8 @@ def run(main, Keys=None, methods=None):
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:  # as in `python sample.py | head`
-            discard_output()
             sys.exit(130)
         except OSError as e:
-            discard_output()
             end(f'cannot read or write: {e}')
         except (MemoryError, RuntimeError, TypeError) as e:
             if not is_out_of_memory(e):
@@ -323,8 +321,3 @@ def end(message):
         time.sleep(3)  # under torchrun a node's first process speaks for all, and its exit ends this one
     print('error:', ' '.join(str(message).split()), file=sys.stderr)
     sys.exit(2)
-
-
-def discard_output():
-    """Keeps the interpreter from writing, once more, what standard output could not take."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -78,6 +78,7 @@ def text_streams():
     try:
         yield
     finally:
+        Unbreakable(out).flush()  # so that the interpreter does not try in vain
         sys.stdout, sys.stderr = old
 
 

@@ -403,7 +403,7 @@ def test_how_a_script_ends(tmp_path):
 SCRIPT = """
 from dataclasses import dataclass
 from types import SimpleNamespace
-from lib.configurator import Keys, configure, run
+from lib.configurator import Keys, UserError, configure, run
 
 @dataclass
 class Config(Keys):
@@ -414,6 +414,9 @@ def main(argv):
     c = SimpleNamespace(**configure(Config, argv))
     if c.start == 'memory':
         bytearray(2**60)
+    if c.start in ('stop', 'mistake'):
+        print('begun')
+        raise KeyboardInterrupt if c.start == 'stop' else UserError('such is life')
     if c.start == 'disk':
         open('nowhere/x')
     print(c.start, '\u2588')
@@ -431,7 +434,9 @@ run(main, Config)
     ('x', '>&-', {}, (0, '', '')), ('x', '2>&-', {}, (0, 'x █\n', '')), ('x', '>&- 2>&-', {}, (0, '', '')),
     ('x', '<&- >&- 2>&-', {}, (0, '', '')),
     ('x', '>/dev/full', {}, (2, '', 'error: cannot read or write: [Errno 28] No space left on device\n')),
-    ('disk', '2>/dev/full', {}, (2, '', '')),
+    ('stop', '>/dev/full', {}, (130, '', '')),
+    ('mistake', '>/dev/full', {}, (2, '', 'error: such is life\n')),
+    ('stop', '| cat', {}, (130, 'begun\n', '')), ('disk', '2>/dev/full', {}, (2, '', '')),
     ('disk', '', {}, (2, '', 'error: cannot read or write: [Errno 2] No such file or directory: '
                       "'nowhere/x'\n")),
     ('memory', '', {}, (2, '', 'error: out of memory; less of it is needed with a smaller --batch_size\n'))])
