@@ -227,7 +227,7 @@ def head_cross_entropy(head, h, targets, weights):
 def head_logits(head, h):
     """h (R, d) -> pairs of a slice of its rows and their logits, fp32 (rows, V); one chunk at a time."""
     size = rows_at_once(head.out_features, h.device)
-    for start in range(0, len(h), size):
+    for start in range(0, max(1, len(h)), size):  # without rows, an empty chunk
         rows = slice(start, start + size)
         yield rows, head(h[rows]).float()
 

@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import CHARS, TINY, L, fails, generator, make
+from helpers import CHARS, TINY, TINY_METHODS, L, fails, generator, make
 from matplotlib.cbook import is_math_text
 
 import eval as evaluation
@@ -485,6 +485,17 @@ def test_no_diversity_of_texts_without_4_grams(capsys):
     evaluation.main(['--out_dir=out/m', '--metrics=diversity', '--steps=2', *ARGS])
     assert lines(capsys.readouterr().out)[0]['diversity'] is None
     evaluation.main(['out/m', '--steps=1', '--teacher=out/a', *ARGS])
+
+
+@pytest.mark.parametrize('name', [*TINY_METHODS])
+def test_a_batch_in_which_nothing_is_masked(name):
+    """One text at an early time, as in any evaluation with batch_size=1."""
+    method = make(name)
+    if method.likelihood:
+        x = torch.zeros(1, L, dtype=torch.int64)
+        for seed in range(40):  # times are random: some mask nothing
+            noise = Noise(seed, 0, torch.zeros(1, dtype=torch.int64), 1)
+            assert all(part.isfinite().all() for part in method.nll_parts(x, noise).values())
 
 
 def test_swd_is_sawtooths(capsys):

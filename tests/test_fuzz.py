@@ -337,7 +337,8 @@ def signals(rng):
     print(command, argv, output, [s.name for s in sent], delays)
     code, said = in_a_child(command, argv, output, list(zip(sent, delays)))
     assert not said, said
-    lost = {2} if output in ('full', 'terminal') else set()
+    # an output that is full or gone; a second signal within torch's writing of a file, which reports an error
+    lost = {2} if output in ('full', 'terminal') or len(sent) > 1 else set()
     assert code in {0, 130, *(128 + s for s in sent), *(-s for s in sent)} | lost, code
     if code >= 0:
         check(0, '')
