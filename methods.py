@@ -41,9 +41,12 @@ def open_run(out_dir, device):
     An encoder that lay beside the run in training is looked for beside it now, wherever Python was started.
     """
     checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
-    method = build(checkpoint['config'])
-    fill(method, averaged_weights(checkpoint), f'{out_dir}/ckpt.pt does not fit today\'s {method.name}; '
-                                               'train again with --init_from=scratch')
+    method, weights = build(checkpoint['config']), averaged_weights(checkpoint)
+    fill(method, weights, f'{out_dir}/ckpt.pt does not fit today\'s {method.name}; train again with '
+                          '--init_from=scratch')
+    if not all(w.isfinite().all() for w in weights.values()):
+        raise UserError(f'{out_dir} has weights that are not finite: its training diverged; train again with '
+                        '--init_from=scratch and a lower --learning_rate')
     method.encoder_name = moved(method.encoder_name, checkpoint['config'].get('out_dir', out_dir), out_dir)
     return method.to(device).eval(), {**checkpoint['config'], 'step': checkpoint['step']}
 

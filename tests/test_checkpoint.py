@@ -1,6 +1,7 @@
 """lib/checkpoint.py, files.py and device.py: what is written whole or not at all, and read without risk."""
 import errno
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -331,6 +332,19 @@ def test_a_log_is_cut_to_the_checkpoint(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # names and devices
+
+def test_weights_that_diverged_are_not_opened(tmp_path):
+    for where in ('ema', 'model'):
+        spoilt = make()
+        for value in spoilt[where].values():
+            value.view(-1)[:1] = math.inf
+        checkpoint.save(str(tmp_path / 'ckpt.pt'), spoilt)
+        if where == 'ema':
+            with pytest.raises(UserError, match='weights that are not finite: its training diverged'):
+                open_run(str(tmp_path), 'cpu')
+        else:  # the latest weights do not matter where there are averages
+            open_run(str(tmp_path), 'cpu')
+
 
 def test_what_is_a_run_of_ours(tmp_path):
     folder = str(tmp_path / 'a')
