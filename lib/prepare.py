@@ -310,7 +310,7 @@ class Arguments(argparse.ArgumentParser):
     def __init__(self, doc, tokenizer='gpt2'):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
-        self.add_argument('--input', nargs='+', metavar='FILE',
+        self.add_argument('--input', nargs='+', metavar='FILE', type=os.path.expanduser,
                           help='local UTF-8 text, or .parquet with a column `text`')
         self.add_argument('--tokenizer', default=tokenizer, help='char, gpt2, a Hugging Face id or folder, '
                           'or the folder of a prepared set (default: %(default)s)')

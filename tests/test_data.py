@@ -25,7 +25,7 @@ from helpers import disk_full
 import lib.prepare
 import lib.tokens
 from lib.configurator import UserError, run
-from lib.prepare import encode, write
+from lib.prepare import write
 from lib.tokens import Char, Tokens, WithLatents, latents_of, load_tokenizer, named_tokenizer, read_meta
 from sample import read_texts
 
@@ -368,28 +368,6 @@ def test_check_reads_every_byte(tmp_path, monkeypatch, capsys):
     assert 'not as they were written' in shown.err
 
 
-def slow(task):
-    with open('begun', 'a') as f:
-        f.write('.')
-    time.sleep(1)
-    return encode(task)
-
-
-def test_a_signal_waits_for_no_task_that_has_not_begun(tmp_path, monkeypatch):
-    prepared('words')
-    monkeypatch.setattr(lib.prepare, 'encode', slow)
-    monkeypatch.setattr(lib.prepare, 'PIECE', 4)  # a task for each text
-
-    def stream():
-        for i in range(12):
-            yield '12', True
-            if i == 8:  # while the workers sleep over the first two
-                os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit):
-        write('t', {'train': stream}, str(tmp_path / 'data/words'), tail=1, workers=2)
-    assert len((tmp_path / 'begun').read_text()) <= 6 and not (tmp_path / 'data/t').exists()
-
-
 def test_a_text_file_is_read_as_it_would_be_prepared(tmp_path):
     tok = Char('\nabc', False)
     tok.wrap = False
@@ -516,6 +494,7 @@ BAD = [  # arguments, what the line says
     ('text', ['--input', 'nowhere.txt'], 'nowhere.txt'),
     ('text', ['--input', '.'], '. is a folder; name the files in it: ./*'),
     ('text', ['--input', '-'], 'save it to a file'),
+    ('text', ['--input=~/nowhere.txt'], os.path.expanduser('~/nowhere.txt')),
     ('text', ['--input', 'pipe'], 'save it to a file'),
     ('text', ['--input', 'latin.txt'], 'iconv -f LATIN1 -t UTF-8 latin.txt > NEW_FILE'),
     ('text', ['--input', 'packed.gz'], 'it is compressed: unpack it first'),
