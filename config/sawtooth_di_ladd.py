@@ -1,6 +1,6 @@
 """
 Di-LADD on sawtooth: one code per text, joint and sequential sampling from one checkpoint. Tuned for two CPU
-cores (four minutes).
+cores (training takes five minutes on one).
 
 How it departs from the official settings (sawtooth_di_ladd_paper.py):
 - a narrow network, small batches, Muon, a rate that falls to zero, as in sawtooth_mdlm.py

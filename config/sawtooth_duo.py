@@ -1,5 +1,5 @@
 """
-Duo on sawtooth: the network, texts and optimizer of sawtooth_mdlm.py (four minutes on two CPU cores).
+Duo on sawtooth: the network, texts and optimizer of sawtooth_mdlm.py.
 
 With two words there is little for a curriculum to do. Without one, the loss is the bound from the start.
 """

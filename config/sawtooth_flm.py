@@ -1,5 +1,5 @@
 """
-FLM on sawtooth: the network, texts and optimizer of sawtooth_mdlm.py (four minutes on two CPU cores).
+FLM on sawtooth: the network, texts and optimizer of sawtooth_mdlm.py.
 
 One step writes the likeliest token everywhere, which on sawtooth is a guess between two; two steps are better
 than any MDLM's.

@@ -1,5 +1,5 @@
 """
-MDLM on sawtooth, tuned for two CPU cores (four minutes).
+MDLM on sawtooth, tuned for a CPU (training takes five minutes on one core).
 
 How it departs from the official settings (sawtooth_mdlm_paper.py) to learn within minutes: a narrow network,
 because a CPU is worst at attention over 128 positions with many heads; many small steps instead of few large
