@@ -333,7 +333,15 @@ def loop(config, trainer, train_data, val_data, done, tokens):
     c, stopped_by = trainer.c, 0
     feed = batches(train_data, c, trainer.rows, done, trainer.device)
     log, start = Log(config, trainer, done, tokens), done
+
+    def validate():
+        with log.saying('validating'):
+            means = trainer.evaluate(val_data, c.eval_seqs)
+        log.validation(done, means)
+
     with closing(log), closing(feed), heed_signals(lambda: done > start) as received:
+        if start and due(c, start, 0, trainer.method.validated)[1] and largest(log.lacks_validation(start)):
+            validate()  # a signal came before it
         for step, batch, draw_rows in feed:
             logs, numbers = trainer.step(step, batch, draw_rows)
             done, tokens, log.doing = step + 1, tokens + c.batch_size * c.block_size, ''
@@ -344,9 +352,7 @@ def loop(config, trainer, train_data, val_data, done, tokens):
             if to_log:
                 log.step(done, tokens, trainer.rate(step), logs, numbers)
             if to_validate:
-                with log.saying('validating'):
-                    means = trainer.evaluate(val_data, c.eval_seqs)
-                log.validation(done, means)
+                validate()
             if to_save and trainer.rank == 0:  # after this step's records: whoever resumes here misses none
                 save(os.path.join(c.out_dir, 'ckpt.pt'), trainer.checkpoint(config, done, tokens))
             if to_validate or to_save:

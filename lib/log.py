@@ -16,7 +16,7 @@ from lib.checkpoint import cut_log, save
 from lib.configurator import UserError
 from lib.device import device_name
 from lib.distributed import summed
-from lib.files import append
+from lib.files import append, read_lines
 from lib.lock import claim
 from lib.tokens import first_line
 
@@ -128,6 +128,12 @@ class Log:
         self.record({'step': done, **{f'val_{name}': value for name, value in means.items()}})
         if self.first:
             self.bar.write(f'step {done:,}: loss {self.loss:.4f}, validation {said}')
+
+    def lacks_validation(self, step):
+        """Whether log.jsonl, which rank 0 reads, has the loss of that step, but no validation after it."""
+        records = [r for r in read_lines(self.path) if r.get('step') == step] if self.first else []
+        self.loss = next((r['loss'] for r in records if r.get('loss') is not None), math.nan)
+        return bool(records) and not any(name.startswith('val_') for r in records for name in r)
 
     def close(self):
         self.closed.set()

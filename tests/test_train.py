@@ -338,6 +338,21 @@ def test_mistakes(arg, words, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize('method, step', [('mdlm', 1), ('mdlm', 3), ('ldlm', 3)])
+def test_a_signal_in_the_step_of_a_validation_only_delays_it(method, step, monkeypatch):
+    """Also the last one, after which there is no step to resume with; and it is not repeated then."""
+    args = [*TOY_METHODS[method], '--max_iters=4', '--eval_interval=2']
+    go('whole', *args)
+    with monkeypatch.context() as m:
+        at_step(m, METHODS[method], step, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            go('a', *args)
+    assert not any(name.startswith('val_') for name in log('a')[-1])
+    for _ in range(2):
+        go('a', *args)
+        assert timeless('a') == timeless('whole')
+
+
 def test_dropout_is_another_in_every_step(monkeypatch):
     """A CPU's generator takes 32 bits of its seed, which steps 65,536 apart once shared."""
     method, drawn = build({**TINY, 'method': 'mdlm'}), []
