@@ -1,9 +1,10 @@
 """
 The pictures of README.md and TUTORIAL.md. Each command draws one again, in its place.
 
-    python -m examples.figures wave                              a bias, and texts that it gives
+    python -m examples.figures wave                              a bias, and texts drawn from it
     python -m examples.figures noise                             tokens and latent, joint and sequential
     python -m examples.figures posterior                         what visible tokens tell about the shift
+    python -m examples.figures barrier                           texts of exact denoisers in few steps
     python -m examples.figures collapse [out/A out/B ...]        LDLM's latents with and without warmup
     python -m examples.figures denoising out/sawtooth_co_ladd    joint beside sequential sampling, moving
     options: --save=FILE, and of denoising --steps=4 --latent_steps=16
@@ -22,7 +23,7 @@ from lib.files import read_lines
 from lib.plot import ASSETS, check_ending, literally, plt, save
 from mdlm import alpha
 from methods import open_run
-from sawtooth import PERIOD, Exact, L, Sawtooth, bias
+from sawtooth import PERIOD, Exact, L, Sawtooth, bias, exact_draw, pictures
 
 TOKENS = ListedColormap(['#eaf2fb', '#08306b', '#e6c88f'])  # of 0, 1 and 2 = [mask]
 
@@ -85,6 +86,15 @@ def posterior(path):
     ax.set(xlabel='shift, in periods', ylabel='probability density', ylim=0)
     ax.legend(title='visible tokens', fontsize='small')
     save(chart, path)
+
+
+def barrier(path):
+    """Texts of the exact denoiser in few token steps: MDLM, and with the shift as the latent."""
+    panels = {'data': Sawtooth('fresh').texts(128)}
+    for name, kind, steps in (('exact MDLM', 'MDLM', (1, 2, 8)), ('exact joint', 'joint', (2,)),
+                              ('exact sequential', 'seq', (1,))):
+        panels |= {f'{name}, {n} step{"s" * (n > 1)}': exact_draw(kind, 128, n) for n in steps}
+    pictures(panels, path)
 
 
 def noise(path):
@@ -218,11 +228,11 @@ def denoising(path, out_dir, steps, latent_steps, n=96):
 
 def main(argv):
     kind, *names = [a for a in argv if not a.startswith('-')] or ['']
-    drawings = {draw.__name__: draw for draw in (wave, noise, posterior, collapse, denoising)}
+    drawings = {draw.__name__: draw for draw in (wave, noise, posterior, barrier, collapse, denoising)}
     moving = kind == 'denoising'
     if kind not in drawings or (len(names) != 1 if moving else names and kind != 'collapse'):
-        raise UserError('python -m examples.figures wave | noise | posterior | collapse [out/A out/B ...] | '
-                        'denoising out/NAME')
+        raise UserError('python -m examples.figures wave | noise | posterior | barrier | '
+                        'collapse [out/A out/B ...] | denoising out/NAME')
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
     if not moving:
