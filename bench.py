@@ -8,7 +8,7 @@ Speed and memory of a config on this machine, and what the economical vocabulary
 
 A training step is train.py's own, on random tokens and random stored latents; a frozen encoder runs as in
 training. Everything is measured several times, each time in its own process: compiled (if the config says
-so), eager, and with the full head. That is the straightforward way: training forms the logits of all
+so), eager, and with the full head. In this, the straightforward way, training forms the logits of all
 positions, (B, L, V), and MDLM's sampler draws a token at each of them by fp64 Gumbel noise over V + 1 words.
 
 Training FLOPs per sequence = 6 * (layers * (12 L d^2 + 2 L^2 d) + rows * d * V): two per multiply-add, and

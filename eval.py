@@ -234,7 +234,7 @@ def scores(x, c, o):
 
 
 def steps_by_calls(method, steps, options):
-    """{calls of the denoiser: steps}, so that no calls are made twice; {None: steps} if steps has no say."""
+    """{calls of the denoiser: steps}, to draw nothing twice; {None: steps} if steps has no effect."""
     return {method.denoiser_calls(n, **options): n for n in steps}
 
 

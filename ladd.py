@@ -178,10 +178,11 @@ class Noised(NamedTuple):
 class Vectors:
     """Co-LADD: Gaussian diffusion of z (b, M, D)."""
     name, schedules = 'Co-LADD', ('vp_linear', 'vp_cosine', 'vp_sqrt')
-    has_codebook = False  # which stage 1 trains, also where the encoder is frozen
+    has_codebook = False  # which stage 1 trains even if the encoder is frozen
     mask_id = None
-    # in the bound, the latent keeps the noise of this time. Any gives a bound: a cleaner latent tells the
-    # tokens hardly more, but at an SNR of thousands every small error of z0_hat costs nats (our choice)
+    # in the bound, the latent keeps the noise of this time. Any time gives a bound: a cleaner latent says
+    # hardly more about the tokens, but at an SNR of thousands every small error of z0_hat costs nats (our
+    # choice)
     t_end = 0.1
 
     def __init__(self, config):
@@ -202,7 +203,7 @@ class Vectors:
         return z
 
     def time(self, t):
-        """What the network is told about the noise level: Gaussian latents do not show it, so their time."""
+        """What the network is told: Gaussian latents do not show their noise level, so their time."""
         return t
 
     def corrupt(self, z_0, t, noise):
@@ -287,7 +288,7 @@ class Codes:
         return torch.cat((self.quantizer.codebook, self.z_mask[None]))[z]
 
     def time(self, t):
-        """Nothing: the [mask]s show how noisy the codes are."""
+        """Nothing: the [mask]s already show how noisy the codes are."""
         return None
 
     def corrupt(self, z_0, t, noise):
@@ -296,7 +297,7 @@ class Codes:
         return z_0.masked_fill(mask, self.config.codebook_size)
 
     def noised(self, e, t, noise, learning):
-        """learning: the codebook takes note of the vectors, to move at the end of the step."""
+        """learning: the codebook records the vectors, and moves at the end of the step."""
         if not self.quantising:  # early in stage 1, where the latent loss is not asked for
             return Noised(e, e, torch.ones_like(t))
         z_0, codes, vq_loss = self.quantizer(e, learning)  # z_0: vectors with a straight-through gradient
@@ -354,7 +355,7 @@ class LADD(mdlm.MDLM):
     likelihood, wants_summary = 'bound', True
     strategies = {'joint': {}, 'seq': {
         'latent_steps': key(8, at_least=1, at_most=MOST_STEPS),
-        # what the tokens are given: a latent of ours | no latent: codes masked, vectors 0 as by p_drop (a
+        # what the tokens are given: a generated latent | no latent: codes masked, vectors 0 as by p_drop (a
         # network without p_drop has never met that) | z_0, the latents of texts
         'latent': key('generated', choices=('generated', 'none', 'data'))}}
 
@@ -546,7 +547,7 @@ class LADD(mdlm.MDLM):
                **options):
         """-> ids (n, L). joint: `steps` calls. seq: `latent_steps` for the latent, `steps` for the tokens.
 
-        x: as MDLM's. z_0: clean latents to write from, as from latents_of, instead of the first half of seq.
+        x: as MDLM's. z_0: clean latents, as latents_of returns them, in place of the first half of seq.
         options: temperature, top_p, eta of remdm, latent_steps and latent of seq. callback(step, x, z) sees
         every step, those of a latent before tokens as steps -latent_steps ... -1; z: vectors (n, M, D), codes
         (n, M), or None with latent=none.
@@ -612,7 +613,7 @@ class LADD(mdlm.MDLM):
 
     def sampling_flops(self, L, steps, **options):
         c, options = self.config, self.sampling_options(**options)
-        latent_steps = options.get('latent_steps', 0)  # of seq with latents of ours
+        latent_steps = options.get('latent_steps', 0)  # of seq with generated latents
         once = self.latent_dit.flops(c.num_latents) if c.latent_layers else self.flops(L)
         return super().sampling_flops(L, steps, **options) + latent_steps * once
 
@@ -652,7 +653,7 @@ def latents_at(c):
 class Encoder(nn.Module):
     """Learned: a DiT over the tokens and M query positions; its outputs at these are the latent.
 
-    Our choice: a learned encoder of the paper and of the official code reads the rightmost M token positions.
+    Our choice: in the paper and the official code, a learned encoder reads the rightmost M token positions.
     """
 
     def __init__(self, c):
@@ -723,8 +724,8 @@ class Quantizer(nn.Module):
     """A cosine-similarity codebook. Each latent, a unit vector, becomes the code nearest to it.
 
     Codes are learned without gradients: a code is the running mean of the vectors that chose it. So codes
-    start where vectors are (k-means), and one that hardly any vector chooses starts again elsewhere. As
-    VectorQuantize of vector-quantize-pytorch with use_cosine_sim, the library that the paper names; the
+    start where vectors are (k-means), and one that hardly any vector chooses starts again elsewhere. This
+    is VectorQuantize with use_cosine_sim of vector-quantize-pytorch, the library that the paper names; the
     official code has decay .95, commitment .1, a dead-code threshold of 2, and k-means of 10 iterations.
     """
     at_once = 4096  # vectors compared with all codes at a time: k-means sees 131,000 vectors for 8,191 codes

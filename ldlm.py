@@ -123,7 +123,7 @@ class AdaptiveTimes(nn.Module):
 
     @torch.no_grad()
     def track(self, t, losses):
-        """Takes note of the losses (b,) at times t of a micro-batch."""
+        """Records the losses (b,) at times t of a micro-batch."""
         bins = (t * self.bins).long().clamp(max=self.bins - 1)
         new = torch.stack((losses, torch.ones_like(losses)))
         self.now += torch.zeros_like(self.sums).index_add_(1, bins, new)
@@ -283,7 +283,7 @@ class Config(Keys):
 
 class LDLM(Method):
     name, Config = 'LDLM', Config
-    # what is decoded: a latent of ours | z_0, the latents of texts, which gives their reconstruction
+    # what is decoded: a generated latent | z_0, the latents of texts, which gives their reconstruction
     strategies = {'joint': {'latent': key('generated', choices=('generated', 'data'))}}
     samplers = {'euler_maruyama': {}, 'euler_maruyama_mean': {}, 'ddim': {}}
     has_latent_space = True
@@ -326,7 +326,7 @@ class LDLM(Method):
     # --- the frozen token encoder ---
 
     def attach(self, encoder):
-        """The token encoder becomes no part of this module, and is in no checkpoint."""
+        """The token encoder does not become a part of this module, and is in no checkpoint."""
         c = self.config
         if encoder.width != c.latent_dim:
             raise ValueError(f'{c.token_encoder} has hidden states of width {encoder.width}: '
@@ -532,9 +532,9 @@ class LDLM(Method):
     def sample(self, n, steps, strategy='', sampler='', z_0=None, generator=None, callback=None, **options):
         """-> ids (n, L) after `steps` calls of the denoiser; decoder and head run once, at the end.
 
-        z_0: clean latents to decode, as from latents_of, without any call.
+        z_0: clean latents to decode, as latents_of returns them, without any call.
         euler_maruyama decodes the last z_0 hat [choice], euler_maruyama_mean the mean at t = .05 [family],
-        and ddim ends at z_0 hat by itself. callback(step, x, z_0 hat) has every estimate decoded.
+        and ddim ends at z_0 hat by itself. callback(step, x, z_0 hat) gets every estimate, decoded.
         """
         options = self.sampling_options(strategy, sampler, **with_latent(z_0, options))
         if z_0 is not None:

@@ -68,7 +68,8 @@ def wide(device):
 def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits (R, V) -> int64 (R,).
 
-    temperature 0 takes the likeliest token; top_p < 1 keeps the nucleus: the fewest that have it together.
+    temperature 0 takes the likeliest token; top_p < 1 keeps the nucleus: the fewest tokens whose
+    probabilities add up to top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -142,7 +143,7 @@ def first_hitting(denoise, x, mask_id, draw=draw_tokens, generator=None, callbac
 
 DRAW = {'temperature': key(1.0, at_least=0), 'top_p': key(1.0, above=0, at_most=1)}
 SAMPLERS = {'ancestral': DRAW,
-            'first_hitting': DRAW,                                     # one call per token: steps has no say
+            'first_hitting': DRAW,                                     # one call per token, whatever steps is
             'remdm': DRAW | {'eta': key(1.0, at_least=0, at_most=1)}}  # ancestral, but masks some again
 
 
@@ -240,7 +241,7 @@ class MDLM(Method):
         return self.masked_nll(self.dit(self.embed(x_t)), x, mask)
 
     def denoise(self, x_t, where):
-        """Logits (where.sum(), V) at the positions where; sequences in which nothing is asked are skipped."""
+        """Logits (where.sum(), V) at the positions `where`; sequences that have none of them are skipped."""
         active = where.any(dim=1)
         return self.head(self.dit(self.embed(x_t[active]))[where[active]])
 

@@ -24,7 +24,7 @@ METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo'
 def build(config):
     """The untrained method that a flat config describes, which may hold other keys too.
 
-    UserError if it cannot be.
+    UserError if it describes none.
     """
     Method = METHODS.get(config['method'])
     if not Method:
@@ -52,7 +52,7 @@ def open_run(out_dir, device):
 
 
 def moved(name, old_base, new_base):
-    """Where a folder lies now that moved along with another one; its name, if there is no such folder."""
+    """The new place of a folder that was moved along with another one; its old name if there is none."""
     if not name or os.path.isabs(name):
         return name
     place = os.path.normpath(os.path.join(new_base, os.path.relpath(name, old_base)))
@@ -81,7 +81,7 @@ def open_encoder(name, device):
 
 
 def attach_encoder(method, data, device):
-    """Opens the frozen encoder that a method names and hands it in -> its fingerprint.
+    """Opens the frozen encoder that a method names and gives it to the method -> its fingerprint.
 
     data: None for random tokens, which mean nothing to any encoder
     UserError unless it can read the data source and fits the method.

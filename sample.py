@@ -62,7 +62,7 @@ class Shared(Machine):
     encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
     sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | ...
     eta: float = 1.0               # of remdm, psi_cap, psi_rescale, psi_loop: how much is noised again
-    kappa: float = 0.95            # of --sampler=psi: how much is not
+    kappa: float = 0.95            # of --sampler=psi: how much is not noised again
     tail: str = 'ancestral'        # of Duo: ancestral | greedy, its last step
     temperature: float = 1.0
     top_p: float = 1.0
@@ -263,7 +263,7 @@ def styled(x, before, decode, mask_id):
 
 
 def fit_screen(chars, columns, lines):
-    """The same with lines of at most `columns` characters, and as many of them as there may be."""
+    """The same in at most `lines` lines of at most `columns` characters."""
     fitted, column, line = [], 0, 1
     for style, char in chars:
         if char == '\n' or column == columns:
@@ -288,7 +288,7 @@ def draw_latent(z, mask_id):
 def show(decode, mask_id, latent_mask_id, out):
     """A callback for samplers: redraws on a terminal, elsewhere prints after 1, 2, 4, 8, ... steps.
 
-    The ids with which [mask] is written among tokens and among the codes of a latent; None if it is not.
+    mask_id, latent_mask_id: [mask] among tokens, and among the codes of a latent; None if there is none.
     """
     before, first, last = [], 0, math.inf
 

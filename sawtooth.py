@@ -415,7 +415,7 @@ def read_results(path, n):
 def measure(out_dir, c, steps, panels):
     """The records of a run.
 
-    They are kept in out_dir, since sampling takes long; panels gets pictures of samples.
+    They are kept in out_dir, since sampling takes long. Samples for the picture are added to panels.
     """
     n, device = c.num_samples, pick_device(c.device)
     method, config = open_run(out_dir, device)

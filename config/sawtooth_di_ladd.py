@@ -9,7 +9,7 @@ How it departs from the official settings (sawtooth_di_ladd_paper.py):
 - for the first 250 steps the latent passes unquantised; then k-means on the warm encoder places the codes.
   Codes placed before the encoder has learnt anything would quantise noise, and the straight-through gradient
   would have to move everything at once
-- 63 codes: 128 coins tell the shift to about a fifteenth of a period, and a batch touches 32 codes
+- 63 codes: 128 coins determine the shift to about a fourteenth of a period, and a batch touches 32 codes
 - a quarter of the texts in stage 2 is fully masked (p_start), because sequential sampling predicts the code
   from such texts
 """

@@ -2,7 +2,7 @@
 Di-LADD on sawtooth with the official settings (LADD appendix E.1 and the released code; the lengths of the
 stages are not known: our choice). What differs: our encoder adds a query for the latent, where the official
 one reads the state of the last token; dropout reaches it, too; and the codebook rests after stage 1. A batch
-of 2,048 wants a GPU, or patience.
+of 2,048 needs a GPU, or patience.
 """
 dataset = 'sawtooth'
 method = 'ladd'

@@ -1,7 +1,7 @@
 """
 MDLM on sawtooth with the official settings (LADD appendix E.1 and the released code; the number of steps is
 not known: our choice). One thing differs: the official denoiser is told t there, ours reads it off the masks.
-A batch of 2,048 wants a GPU, or patience: about an hour for 1,000 steps on two CPU cores.
+A batch of 2,048 needs a GPU, or patience: about an hour for 1,000 steps on two CPU cores.
 """
 dataset = 'sawtooth'
 method = 'mdlm'

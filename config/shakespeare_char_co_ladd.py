@@ -9,7 +9,7 @@ has to be downloaded.
     python sample.py --out_dir=out/shakespeare_char_co_ladd --steps=16
 
 The states of that model were never meant to be read by their first 32 coordinates, as those of
-Qwen3-Embedding are; the question here is what LADD can do with so humble an encoder. One latent per character
+Qwen3-Embedding are; the question here is what LADD can do with so simple an encoder. One latent per character
 (--num_latents=128) would be the setting of CCDD.
 """
 dataset = 'shakespeare_char'

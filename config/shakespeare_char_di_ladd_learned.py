@@ -1,5 +1,5 @@
 """
-Di-LADD on Tiny Shakespeare with latents that are learned and have a prior of their own: here sequential
+Di-LADD on Tiny Shakespeare with latents that are learned and have a prior of their own. Here sequential
 sampling is ahead of MDLM at few steps. RESULTS.md has the numbers and the controls.
 
     python data/shakespeare_char/prepare.py
@@ -12,7 +12,7 @@ How it departs from shakespeare_char_di_ladd.py:
 - stage 1 shows the token denoiser texts that are at least half masked, and the clean codes, so that the codes
   learn to say what the tokens do not
 - stage 2 shows clean codes to half of the texts, as sequential sampling has them, and masks all codes of 15 %
-- stage 3 trains the latent denoiser alone: what sequential sampling cannot do without is a good prior
+- stage 3 trains the latent denoiser alone, because sequential sampling needs a good prior
 - Muon, which needs fewer steps
 """
 dataset = 'shakespeare_char'

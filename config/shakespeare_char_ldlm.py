@@ -7,7 +7,7 @@ the size of shakespeare_char_mdlm.py, batches and texts are the same.
     python train.py config/shakespeare_char_ldlm.py
     python sample.py --out_dir=out/shakespeare_char_ldlm --steps=128 [--sampler=ddim]
 
-The recipe, one part at a time (each wants an out_dir of its own):
+The recipe, one part at a time (each needs an out_dir of its own):
     reconstruction (table 1)      --reconstruction=ce        or both: the token loss shapes the latents, too
     warmup (without adaptive t)   --adaptive_t=False --encoder_warmup=0
     times                         --adaptive_t=False
@@ -43,8 +43,8 @@ num_layers = 4
 num_heads = 3
 cond_dim = 32
 
-# Twice the run: gamma ends at .05. With a warmup of 1,000 steps the denoiser had not learnt enough to be
-# listened to: while gamma rose to 1, the variance of the latents fell from 9.9 to .2 and the accuracy from
+# Twice the run: gamma ends at .05. With a warmup of 1,000 steps the denoiser had not learnt enough to guide
+# the encoder: while gamma rose to 1, the variance of the latents fell from 9.9 to .2 and the accuracy from
 # .9 to .5
 encoder_warmup = 5000
 adaptive_bins = 20       # 16 texts a step tell little about 100 of them
