@@ -370,7 +370,7 @@ def report(method):
     if method.name not in (*NO_LATENT, *LATENT_STEPS):
         return
     n, steps = 4096, (1, 2)
-    records = [dict(r, name=method.name) for r in token_losses(method, n // 4)]
+    records = [dict(r, name=method.name) for r in token_losses(method, n // 8)]
     jobs = [(strategy, T) for strategy in method.strategies for T in steps]
     with tqdm(total=sum(T for _, T in jobs), desc=f'sampling {n:,} texts each', unit='step') as bar:
         for strategy, T in jobs:

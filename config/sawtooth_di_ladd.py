@@ -30,7 +30,7 @@ latent_schedule = 'linear'  # the paper's; the official config has 'polynomial'
 times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
-stage1_iters = 450
+stage1_iters = 400
 stage1_t_min = 0.8
 stage1_clean = True
 vq_start = 250
@@ -39,7 +39,7 @@ lambda_z = 0.1           # one code loss is as large as all 128 token losses tog
 
 optimizer = 'muon'
 batch_size = 32
-max_iters = 1500
+max_iters = 1300
 learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'
