@@ -207,6 +207,11 @@ class MDLM(Method):
         loss, overflow = self.token_loss(h, x, mask, t)
         return loss, {'loss': loss.detach(), 'overflow': overflow}
 
+    def loss_weight(self, t):
+        """t (b,) -> (b,)"""
+        c = self.config
+        return elbo_weight(t, c.schedule) if c.weighting == 'elbo' else torch.ones_like(t)
+
     def token_loss(self, h, x, mask, t, stratified=True):
         """The weighted cross-entropy at the masked positions, per token: LADD eq. (6), (12).
 
@@ -214,9 +219,8 @@ class MDLM(Method):
         masked_rows).
         """
         rows, used, overflow = masked_rows(mask, stratified)                           # (R,), (R,)
-        c = self.config
-        weight = elbo_weight(t, c.schedule) if c.weighting == 'elbo' else torch.ones_like(t)
-        weights = weight.repeat_interleave(x.shape[1])[rows] * used / x.numel()        # (R,)
+        weight = self.loss_weight(t).repeat_interleave(x.shape[1])
+        weights = weight[rows] * used / x.numel()                                      # (R,)
         return head_cross_entropy(self.head, h.flatten(0, 1)[rows], x.flatten()[rows], weights), overflow
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):

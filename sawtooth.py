@@ -159,7 +159,7 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
-BASELINES = ('FLM', 'Duo')
+BASELINES = ('FLM', 'Duo', 'VADD')
 NO_LATENT = ('MDLM', *BASELINES)
 
 
@@ -213,7 +213,7 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
     kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail'.
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'VADD', 'VADD, fixed z'.
     """
     if kind.split(',')[0] in BASELINES:
         return exact_baseline(kind, n, steps, seed)
@@ -234,8 +234,17 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
 
 
 def exact_baseline(kind, n, steps, seed=0):
-    """exact_draw of the baselines, whose denoisers see every position, each with some noise."""
+    """exact_draw of the baselines."""
     exact, g = Exact(64), torch.Generator().manual_seed(seed)
+    if kind.startswith('VADD'):
+        fixed = torch.rand(n, 1, generator=g)
+
+        def denoise(x_t, where):  # given the shift, which is the quantile of its posterior that z says
+            quantile = fixed if 'fixed' in kind else torch.rand(n, 1, generator=g)
+            below = exact.log_likelihood(x_t).softmax(dim=1).cumsum(dim=1) < quantile
+            p1 = exact.p[below.sum(dim=1).clamp(max=len(exact.p) - 1)][where]
+            return torch.stack((1 - p1, p1), dim=1).log()
+        return ancestral(denoise, torch.full((n, L), 2), alpha(time_grid(steps)), 2, generator=g)
     if kind == 'FLM':
         signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
 
@@ -329,7 +338,8 @@ def figure(records, path):
     from lib.plot import curve, literally, log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
-              'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6'}
+              'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6',
+              'VADD': 'C8', 'exact VADD': 'C8'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})
@@ -420,8 +430,8 @@ def measure(out_dir, c, steps, panels):
     n, device = c.num_samples, pick_device(c.device)
     method, config = open_run(out_dir, device)
     if config['dataset'] != 'sawtooth' or method.name not in (*NO_LATENT, *LATENT_STEPS):
-        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of mdlm, '
-                        'ladd, flm and duo on sawtooth')
+        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of '
+                        f'{", ".join((*NO_LATENT, *LATENT_STEPS))} on sawtooth')
     if c.compile:
         compile_in_place(method.backbones(), device)
     out_dir = os.path.normpath(out_dir)

@@ -215,6 +215,7 @@ def test_costs_of_a_training_step():
     for name in ('ar', 'flm', 'duo'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L * d * V)
     assert make('mdlm').training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
+    assert make('vadd').training_flops(L) == 6 * (2 * of_dit(L) + L / 2 * d * V)  # with its recognition
     method = make('ldlm')
     parts = sum(m.flops(L) for m in method.modules() if isinstance(m, ldlm.Transformer))
     expected = 6 * (of_dit(L) + parts + L * d * V) + 2 * of_dit(L)
@@ -385,7 +386,7 @@ def test_adaptive_times_survive_a_step_of_nans():
     assert method.times.sums.isfinite().all() and float(method.times.sums[1].sum()) == 16
 
 
-@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'co'])
+@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'vadd', 'co'])
 def test_others_have_nothing_to_move(name):
     method = make(name).train()
     before = {k: v.clone() for k, v in method.state_dict().items()}
@@ -421,7 +422,7 @@ def test_later_micro_batches_need_no_new_graph(name):
 
 SIZES = dict(block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, encoder_layers=1, num_latents=2,
              latent_dim=4, codebook_size=5, latent_layers=1, decoder_layers=1, stage1_iters=4, vq_start=2,
-             adaptive_bins=4, adaptive_every=3, encoder_warmup=6, stage3_start=6, curriculum_iters=4)
+             adaptive_bins=4, adaptive_every=3, encoder_warmup=6, stage3_start=6, curriculum_iters=4, z_dim=4, kl_warmup=4)
 # settings that the configs describe beside the one that they set
 LADD_SETTINGS = {
     'stored': 'text_co_ladd --stored_latents=True --encoder_dropout=False',
