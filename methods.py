@@ -8,6 +8,7 @@ The methods by name, and the way from a name or a folder to one.
 import os
 
 from baselines.ar import AR
+from baselines.cadd import CADD
 from baselines.duo import Duo
 from baselines.flm import FLM
 from baselines.vadd import VADD
@@ -19,7 +20,8 @@ from lib.encoders import HubEncoder, RunEncoder, check_tokenizer
 from lib.hub import load_published
 from mdlm import MDLM
 
-METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo': Duo, 'vadd': VADD}
+METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM,
+           'ar': AR, 'cadd': CADD, 'duo': Duo, 'flm': FLM, 'vadd': VADD}
 
 
 def build(config):

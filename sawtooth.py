@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import duo, flm
+from baselines import cadd, duo, flm
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -159,7 +159,7 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
-BASELINES = ('FLM', 'Duo', 'VADD')
+BASELINES = ('FLM', 'Duo', 'VADD', 'CADD')
 NO_LATENT = ('MDLM', *BASELINES)
 
 
@@ -213,7 +213,8 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
     kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'VADD', 'VADD, fixed z'.
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'VADD', 'VADD, fixed z',
+    'CADD'.
     """
     if kind.split(',')[0] in BASELINES:
         return exact_baseline(kind, n, steps, seed)
@@ -245,6 +246,13 @@ def exact_baseline(kind, n, steps, seed=0):
             p1 = exact.p[below.sum(dim=1).clamp(max=len(exact.p) - 1)][where]
             return torch.stack((1 - p1, p1), dim=1).log()
         return ancestral(denoise, torch.full((n, L), 2), alpha(time_grid(steps)), 2, generator=g)
+    if kind == 'CADD':
+        def denoise(x, z, alpha_t):  # w is -1 or 1
+            hints = torch.tanh(float(alpha_t) ** 0.5 * z[..., 0] / (1 - float(alpha_t)))
+            p = exact.predict(torch.where(x == 2, hints, 2.0 * x - 1))
+            return (torch.rand(x.shape, generator=g) < p).long(), (2 * p - 1)[..., None]
+        x, z = torch.full((n, L), 2), torch.randn(n, L, 1, generator=g)
+        return cadd.hinted(denoise, x, z, alpha(time_grid(steps)), 2, g)
     if kind == 'FLM':
         signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
 
@@ -339,7 +347,7 @@ def figure(records, path):
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
               'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6',
-              'VADD': 'C8', 'exact VADD': 'C8'}
+              'VADD': 'C8', 'exact VADD': 'C8', 'CADD': 'C9', 'exact CADD': 'C9'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})

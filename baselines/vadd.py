@@ -36,6 +36,8 @@ class Config(mdlm.Config):
     z_dim: int = key(32, at_least=1)
     encoder_layers: int = key(6, at_least=1)  # of the recognition; the paper's has as many as the denoiser
     kl_warmup: int = key(0, at_least=0)       # steps in which lambda rises to 1
+    # ours: the share of texts that are fully masked, where z matters most
+    p_start: float = key(0.0, at_least=0, at_most=1)
     bound_steps: int = key(1, at_least=1, at_most=MOST_STEPS)  # T of nll
 
 
@@ -79,10 +81,11 @@ class VADD(MDLM):
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
-        t = times_from(1e-4, noise.times('t_x', shuffled=False))
+        p_start, t = self.config.p_start, noise.times('t_x', shuffled=False)
+        t = times_from(1e-4, t if not p_start else torch.where(noise.uniform('start') < p_start, 1.0, t))
         x_t, mask = self.corrupt(x, t, noise)
         z, kl = self.recognise(x, mask, noise)
-        token_loss, overflow = self.token_loss(self.states(x_t, z), x, mask, t)
+        token_loss, overflow = self.token_loss(self.states(x_t, z), x, mask, t, stratified=not p_start)
         loss = token_loss + self.kl_weight * (self.loss_weight(t) * kl).sum() / x.numel()
         return loss, {'loss': loss.detach(), 'kl': kl.detach().mean(), 'overflow': overflow}
 

@@ -24,6 +24,7 @@ METHODS = {
     'mdlm': dict(method='mdlm', dropout=0.1),
     'ar': dict(method='ar'),
     'vadd': dict(method='vadd', encoder_layers=1, kl_warmup=4),
+    'cadd': dict(method='cadd'),
     'geometric': dict(method='mdlm', schedule='geometric'),
     'co_ladd': dict(LADD, p_drop=0.1, encoder_dropout=True, p_start=0.1, latent_layers=1),
     'di_ladd': dict(LADD, latent='discrete', latent_schedule='linear', codebook_size=5, times='independent',

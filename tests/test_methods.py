@@ -87,7 +87,7 @@ def test_options_are_complete_and_each_has_an_effect(name, strategy, sampler):
     options = method.sampling_options(strategy, sampler)
     assert (options['strategy'], options['sampler']) == (strategy, sampler)
     others = {'temperature': 0.3, 'top_p': 0.4, 'eta': 0.05, 'latent_steps': 3, 'kappa': 0.3,
-              'tail': 'greedy'}
+              'tail': 'greedy', 'hint': 'hard'}
 
     def sample(**options):
         return method.sample(64, 4, **options, generator=generator())
@@ -214,7 +214,8 @@ def test_costs_of_a_training_step():
     d = 16
     for name in ('ar', 'flm', 'duo'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L * d * V)
-    assert make('mdlm').training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
+    for name in ('mdlm', 'cadd'):
+        assert make(name).training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
     assert make('vadd').training_flops(L) == 6 * (2 * of_dit(L) + L / 2 * d * V)  # with its recognition
     method = make('ldlm')
     parts = sum(m.flops(L) for m in method.modules() if isinstance(m, ldlm.Transformer))
@@ -386,7 +387,7 @@ def test_adaptive_times_survive_a_step_of_nans():
     assert method.times.sums.isfinite().all() and float(method.times.sums[1].sum()) == 16
 
 
-@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'vadd', 'co'])
+@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'vadd', 'cadd', 'co'])
 def test_others_have_nothing_to_move(name):
     method = make(name).train()
     before = {k: v.clone() for k, v in method.state_dict().items()}
@@ -422,7 +423,8 @@ def test_later_micro_batches_need_no_new_graph(name):
 
 SIZES = dict(block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, encoder_layers=1, num_latents=2,
              latent_dim=4, codebook_size=5, latent_layers=1, decoder_layers=1, stage1_iters=4, vq_start=2,
-             adaptive_bins=4, adaptive_every=3, encoder_warmup=6, stage3_start=6, curriculum_iters=4, z_dim=4, kl_warmup=4)
+             adaptive_bins=4, adaptive_every=3, encoder_warmup=6, stage3_start=6, curriculum_iters=4, z_dim=4,
+             kl_warmup=4, hint_dim=4)
 # settings that the configs describe beside the one that they set
 LADD_SETTINGS = {
     'stored': 'text_co_ladd --stored_latents=True --encoder_dropout=False',
