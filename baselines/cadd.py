@@ -83,20 +83,17 @@ class CADD(MDLM):
         w = self.words.weight
         return (w - w.mean(dim=0)) / w.std(dim=0, correction=0)
 
-    def noised(self, x, t, noise, name='eps'):
-        """x (b, L), t (b,) -> hints z_t (b, L, D)."""
-        a = alpha(t, self.config.schedule)[:, None, None]
-        return a.sqrt() * self.w()[x] + (1 - a).sqrt() * noise.normal(name, x.shape[1], self.config.hint_dim)
-
     def states(self, x_t, z, masked_share):
         """x_t (b, L), hints z (b, L, D), 1 - alpha_t (b,), which is the network's time -> (b, L, d)."""
         hints = self.hint_in(z) * (x_t == self.mask_id)[..., None]
         return self.dit(self.embed(x_t) + hints, t=[masked_share])
 
     def noised_states(self, x, t, noise, name='eps'):
-        """-> states at time t (b,), and where x (b, L) is masked."""
+        """-> states at time t (b,), and where x (b, L) is masked. name: of the hints' noise."""
         x_t, mask = self.corrupt(x, t, noise)
-        return self.states(x_t, self.noised(x, t, noise, name), 1 - alpha(t, self.config.schedule)), mask
+        a, w = alpha(t, self.config.schedule), self.w()[x]                             # (b,), (b, L, D)
+        z = a[:, None, None].sqrt() * w + (1 - a[:, None, None]).sqrt() * noise.normal(name, *w.shape[1:])
+        return self.states(x_t, z, 1 - a), mask
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
@@ -120,8 +117,8 @@ class CADD(MDLM):
         error = torch.zeros(x.shape, device=x.device)
         w_hat = torch.cat([self.w_hat(logits) for _, logits in head_logits(self.head, h[mask])])
         error[mask] = (self.w()[x[mask]] - w_hat).square().sum(dim=-1)
-        masked = 1 - alpha(t, self.config.schedule)
-        nats = self.masked_nll(h, x, mask) + error.sum(dim=1) / (2 * masked)
+        masked_share = 1 - alpha(t, self.config.schedule)
+        nats = self.masked_nll(h, x, mask) + error.sum(dim=1) / (2 * masked_share)
         at_end, mask = self.noised_states(x, torch.full_like(t, T_MIN), noise, 'eps at the end')
         return {'val': (1 - T_MIN) * elbo_weight(t, self.config.schedule) * nats
                 + self.masked_nll(at_end, x, mask)}

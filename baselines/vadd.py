@@ -3,7 +3,7 @@ VADD: masked diffusion in which every step draws a latent first (Xie et al., 202
 
     forward      MDLM's: each token becomes [mask] with probability 1 - alpha_t
     denoiser     MDLM's, but it is told z ~ N(0, I) where others are told the time: p_theta(x_l | x_t, z)
-    recognition  r(z | x_0, x_t) = N(mu, sigma^2): a DiT that sees x_0 and where x_t is masked; in training
+    recognition  r(z | x_0, x_t) = N(mu, sigma^2): a DiT that sees x_0 and where x_t is masked; not in sampling
     loss         E_t  -alpha'_t / (1 - alpha_t)  [sum over masked l of -log p_theta(x_l | x_t, z)
                                                   + lambda KL(r || N(0, I))],  z ~ r;  lambda rises to 1
     sampler      MDLM's, with a new z for every text and step; fixed_z keeps the first one
@@ -13,12 +13,12 @@ VADD: masked diffusion in which every step draws a latent first (Xie et al., 202
 MDLM draws the tokens of one step independently. Here they share z, which is drawn before them: one step can
 write any law. But then the loss is no bound on the likelihood. It stands for -log p(x_S) of a small random
 share rho of the masked places by rho times that of all, which is right for a product and too little for a
-mixture: of two tokens that are always equal, fair coins, the optimum is log(2) / 2. So `nll` is the other
-line, ours, valid for any recognition, and exact for the perfect one. Training by the loss is fine: at every t
-it is the bound of writing all that is masked at once.
+mixture: for a fair coin and its copy the perfect network has a loss of log(2) / 2, half of the entropy. So
+`nll` is the bound instead. It is ours, valid for any recognition, and tight for the perfect one. Training by
+the loss is fine: at every t it is the bound of writing all that is masked at once.
 
-Ours, too: z is the same for all positions, and RoPE tells only distances. Where all is masked, all positions
-would be alike, so here each has a vector of its own. The recognition is pooled over the masked positions.
+Ours, too: z is the same for all positions, and RoPE tells only distances. If all tokens are masked, all
+positions would be alike, so each has a vector of its own. The recognition is a mean over masked positions.
 """
 from dataclasses import dataclass
 
@@ -48,27 +48,28 @@ class VADD(MDLM):
     def __init__(self, config):
         c = config
         super().__init__(c)
-        # in place of the time
+        # z in place of the time
         self.dit.time[0] = nn.Sequential(nn.Linear(c.z_dim, c.cond_dim), nn.SiLU(),
                                          nn.Linear(c.cond_dim, c.cond_dim), nn.SiLU())
         self.places = nn.Parameter(0.02 * torch.randn(c.block_size, c.hidden))
         self.recognition = DiT(c.hidden, c.encoder_layers, c.num_heads, c.cond_dim, c.block_size,
                                dropout=c.dropout)
-        self.revealed = nn.Parameter(0.02 * torch.randn(c.hidden))
+        self.mark = nn.Parameter(0.02 * torch.randn(c.hidden))
         self.posterior = nn.Linear(c.hidden, 2 * c.z_dim)  # mu, log sigma
         nn.init.zeros_(self.posterior.weight)  # at first r is the prior
         nn.init.zeros_(self.posterior.bias)
         self.register_buffer('kl_weight', torch.ones(()), persistent=False)
 
     def begin_step(self, step, noise, draw_rows):
-        self.kl_weight.fill_(min(1.0, step / max(1, self.config.kl_warmup)))
+        warmup = self.config.kl_warmup
+        self.kl_weight.fill_(min(1.0, step / warmup) if warmup else 1.0)
 
     def recognise(self, x_s, revealed, noise):
         """r(z | x_s, x_t), where x_t is x_s (b, L) with the revealed positions masked again.
 
         -> z drawn from it (b, z_dim), and its KL from N(0, I) in nats (b,); 0 where nothing is revealed
         """
-        h = self.recognition(self.embed(x_s) + self.places + revealed[..., None] * self.revealed)
+        h = self.recognition(self.embed(x_s) + self.places + revealed[..., None] * self.mark)
         count = revealed.sum(dim=1, keepdim=True)
         h = (h * revealed[..., None]).sum(dim=1) / count.clamp(min=1)                  # (b, d)
         mu, log_sigma = self.posterior(h).float().chunk(2, dim=-1)                     # (b, z_dim)
@@ -82,7 +83,9 @@ class VADD(MDLM):
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
         p_start, t = self.config.p_start, noise.times('t_x', shuffled=False)
-        t = times_from(1e-4, t if not p_start else torch.where(noise.uniform('start') < p_start, 1.0, t))
+        if p_start:
+            t = torch.where(noise.uniform('start') < p_start, 1.0, t)
+        t = times_from(1e-4, t)
         x_t, mask = self.corrupt(x, t, noise)
         z, kl = self.recognise(x, mask, noise)
         token_loss, overflow = self.token_loss(self.states(x_t, z), x, mask, t, stratified=not p_start)

@@ -64,6 +64,9 @@ def test_the_weight_of_the_kl_rises():
     token_loss = losses[0]
     expected = [token_loss + share * float(logs['kl']) / 6 for share in (0, 0.25, 0.5, 1, 1)]
     assert losses == pytest.approx(expected, rel=1e-5) and losses[1] > token_loss
+    without_warmup = VADD(Config(**TINY, **OWN))
+    without_warmup.begin_step(0, None, None)
+    assert without_warmup.kl_weight == 1
 
 
 def test_positions_differ_where_all_is_masked():
