@@ -3,7 +3,7 @@ VADD: masked diffusion in which every step draws a latent first (Xie et al., 202
 
     forward      MDLM's: each token becomes [mask] with probability 1 - alpha_t
     denoiser     MDLM's, but it is told z ~ N(0, I) where others are told the time: p_theta(x_l | x_t, z)
-    recognition  r(z | x_0, x_t) = N(mu, sigma^2): a DiT that sees x_0 and where x_t is masked; not in sampling
+    recognition  r(z | x_0, x_t) = N(mu, sigma^2): a DiT that sees x_0 and where x_t is masked; for training
     loss         E_t  -alpha'_t / (1 - alpha_t)  [sum over masked l of -log p_theta(x_l | x_t, z)
                                                   + lambda KL(r || N(0, I))],  z ~ r;  lambda rises to 1
     sampler      MDLM's, with a new z for every text and step; fixed_z keeps the first one
