@@ -10,6 +10,7 @@ import os
 from baselines.ar import AR
 from baselines.duo import Duo
 from baselines.flm import FLM
+from baselines.ssmd import SSMD
 from ladd import LADD
 from ldlm import LDLM
 from lib.checkpoint import averaged_weights, fill, fingerprint, is_run, load
@@ -18,7 +19,7 @@ from lib.encoders import HubEncoder, RunEncoder, check_tokenizer
 from lib.hub import load_published
 from mdlm import MDLM
 
-METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo': Duo}
+METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo': Duo, 'ssmd': SSMD}
 
 
 def build(config):

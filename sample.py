@@ -64,12 +64,13 @@ class Shared(Machine):
     eta: float = 1.0               # of remdm, psi_cap, psi_rescale, psi_loop: how much is noised again
     kappa: float = 0.95            # of --sampler=psi: how much is not noised again
     tail: str = 'ancestral'        # of Duo: ancestral | greedy, its last step
+    verifications: int = 1         # of --sampler=speculative: passes of the causal block for a draft
     temperature: float = 1.0
     top_p: float = 1.0
 
 
 # those of Shared that method.sample may take
-OPTIONS = ('latent_steps', 'latent', 'eta', 'kappa', 'tail', 'temperature', 'top_p')
+OPTIONS = ('latent_steps', 'latent', 'eta', 'kappa', 'tail', 'verifications', 'temperature', 'top_p')
 
 
 @dataclass

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import duo, flm
+from baselines import duo, flm, ssmd
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -104,6 +104,11 @@ class Exact:
         p1 = (self.log_likelihood(x_t).softmax(dim=1) @ self.p)[where]
         return torch.stack((1 - p1, p1), dim=1).log()
 
+    def after(self, x, order):
+        """p(x_d = 1 | the tokens before d), for all d: x, and order, their places, (n, L) -> (n, L)."""
+        log_p = x[..., None] * self.log_ratio[order] + self.log_p0[order]                  # (n, L, P)
+        return ((log_p.cumsum(dim=1) - log_p).softmax(dim=2) * self.p.T[order]).sum(dim=2)
+
     def joint_denoise(self, x_t, z_t, t, where):
         """The same with the shift as the one code: z_t (n, 1) in 0 ... P-1, or P for [mask].
 
@@ -159,7 +164,7 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
-BASELINES = ('FLM', 'Duo')
+BASELINES = ('FLM', 'Duo', 'SSMD')
 NO_LATENT = ('MDLM', *BASELINES)
 
 
@@ -213,7 +218,7 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
     kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail'.
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'SSMD', 'SSMD, speculative' (whatever steps is).
     """
     if kind.split(',')[0] in BASELINES:
         return exact_baseline(kind, n, steps, seed)
@@ -234,8 +239,10 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
 
 
 def exact_baseline(kind, n, steps, seed=0):
-    """exact_draw of the baselines, whose denoisers see every position, each with some noise."""
+    """exact_draw of the baselines."""
     exact, g = Exact(64), torch.Generator().manual_seed(seed)
+    if kind.startswith('SSMD'):
+        return exact_ssmd(exact, n, None if kind == 'SSMD, speculative' else steps, g)
     if kind == 'FLM':
         signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
 
@@ -251,6 +258,25 @@ def exact_baseline(kind, n, steps, seed=0):
         return torch.where(z == 1, p, 1 - p), drawn.long(), (p > 0.5).long()
     z, tail = torch.randint(2, (n, L), generator=g), 'greedy' if 'greedy' in kind else 'ancestral'
     return duo.reverse(denoise, z, 2, *duo.plan(steps, 'ancestral'), tail, g)
+
+
+def exact_ssmd(exact, n, steps, g, batch=256):
+    """exact_draw of SSMD, whose states are probabilities (n, L, 2); steps: None for speculative."""
+    def backbone(x_t):
+        return exact.denoise(x_t, torch.ones_like(x_t, dtype=torch.bool)).exp().view(*x_t.shape, 2)
+
+    def causal(y, h, order):
+        p = exact.after(y, order)
+        return torch.stack((1 - p, p), dim=2)
+
+    def probs(states):
+        yield slice(None), states.double()
+    texts = []
+    for i in range(0, n, batch):
+        order = torch.rand(min(batch, n - i), L, generator=g).argsort(dim=1)
+        x = torch.full_like(order, 2)
+        texts.append(ssmd.speculate(backbone, causal, probs, x, order, 2, steps, generator=g))
+    return torch.cat(texts)
 
 
 def exact_records(n, steps, names=()):
@@ -329,7 +355,8 @@ def figure(records, path):
     from lib.plot import curve, literally, log_scale, plt, save
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
-              'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6'}
+              'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6',
+              'SSMD': 'C9', 'exact SSMD': 'C9'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})
@@ -420,8 +447,8 @@ def measure(out_dir, c, steps, panels):
     n, device = c.num_samples, pick_device(c.device)
     method, config = open_run(out_dir, device)
     if config['dataset'] != 'sawtooth' or method.name not in (*NO_LATENT, *LATENT_STEPS):
-        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of mdlm, '
-                        'ladd, flm and duo on sawtooth')
+        raise UserError(f'{out_dir} is {config["method"]} on {config["dataset"]}; the tables are of '
+                        f'{", ".join((*NO_LATENT, *LATENT_STEPS))} on sawtooth')
     if c.compile:
         compile_in_place(method.backbones(), device)
     out_dir = os.path.normpath(out_dir)
