@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import duo, flm, ssmd
+from baselines import dcd, duo, flm, ssmd
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -105,9 +105,13 @@ class Exact:
         return torch.stack((1 - p1, p1), dim=1).log()
 
     def after(self, x, order):
-        """p(x_d = 1 | the tokens before d), for all d: x, and order, their places, (n, L) -> (n, L)."""
-        log_p = x[..., None] * self.log_ratio[order] + self.log_p0[order]                  # (n, L, P)
-        return ((log_p.cumsum(dim=1) - log_p).softmax(dim=2) * self.p.T[order]).sum(dim=2)
+        """p(x_d = 1 | the tokens before d that are visible), for all d: x, and order, its places, (n, L)."""
+        parts = []
+        for y, places in zip(x.split(256), order.split(256)):
+            log_p = (y == 1)[..., None] * self.log_ratio[places] + (y != 2)[..., None] * self.log_p0[places]
+            posterior = (log_p.cumsum(dim=1) - log_p).softmax(dim=2)                   # (n, L, P)
+            parts.append((posterior * self.p.T[places]).sum(dim=2))
+        return torch.cat(parts)
 
     def joint_denoise(self, x_t, z_t, t, where):
         """The same with the shift as the one code: z_t (n, 1) in 0 ... P-1, or P for [mask].
@@ -218,9 +222,10 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
     kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'SSMD', 'SSMD, speculative' (whatever steps is).
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'SSMD', 'SSMD, speculative' (whatever steps is);
+    'DCD', and 'DCD, AR alone', which draws all that a step reveals without looking to the right.
     """
-    if kind.split(',')[0] in BASELINES:
+    if kind.split(',')[0] in (*BASELINES, 'DCD'):
         return exact_baseline(kind, n, steps, seed)
     exact, g, alphas = Exact(), torch.Generator().manual_seed(seed), alpha(time_grid(steps))
     P, texts, schedule = len(exact.p), [], 'polynomial' if kind == 'joint ahead' else 'linear'
@@ -243,6 +248,8 @@ def exact_baseline(kind, n, steps, seed=0):
     exact, g = Exact(64), torch.Generator().manual_seed(seed)
     if kind.startswith('SSMD'):
         return exact_ssmd(exact, n, None if kind == 'SSMD, speculative' else steps, g)
+    if kind.startswith('DCD'):
+        return exact_dcd(exact, n, steps, float(kind == 'DCD'), g)
     if kind == 'FLM':
         signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
 
@@ -260,7 +267,7 @@ def exact_baseline(kind, n, steps, seed=0):
     return duo.reverse(denoise, z, 2, *duo.plan(steps, 'ancestral'), tail, g)
 
 
-def exact_ssmd(exact, n, steps, g, batch=256):
+def exact_ssmd(exact, n, steps, g):
     """exact_draw of SSMD, whose states are probabilities (n, L, 2); steps: None for speculative."""
     def backbone(x_t):
         return exact.denoise(x_t, torch.ones_like(x_t, dtype=torch.bool)).exp().view(*x_t.shape, 2)
@@ -271,12 +278,23 @@ def exact_ssmd(exact, n, steps, g, batch=256):
 
     def probs(states):
         yield slice(None), states.double()
-    texts = []
-    for i in range(0, n, batch):
-        order = torch.rand(min(batch, n - i), L, generator=g).argsort(dim=1)
-        x = torch.full_like(order, 2)
-        texts.append(ssmd.speculate(backbone, causal, probs, x, order, 2, steps, generator=g))
-    return torch.cat(texts)
+    x, order = torch.full((n, L), 2), torch.rand(n, L, generator=g).argsort(dim=1)
+    return ssmd.speculate(backbone, causal, probs, x, order, 2, steps, generator=g)
+
+
+def exact_dcd(exact, n, steps, correction, g):
+    """exact_draw of DCD, whose MDLM and AR are p(x_l | visible tokens) and p(x_l | all tokens before l)."""
+    def write(x_t):
+        both = exact.log_likelihood(x_t).softmax(dim=1) @ exact.p
+        left = exact.after(x_t, torch.arange(L).expand_as(x_t))
+        x, log_p, odds = x_t.clone(), torch.zeros(n, len(exact.p)), correction * (both.logit() - left.logit())
+        for l in range(L):
+            p1 = ((log_p.softmax(dim=1) @ exact.p[:, l]).logit() + odds[:, l]).sigmoid()
+            drawn = torch.rand(n, generator=g) < p1
+            x[:, l] = torch.where(x[:, l] == 2, drawn, x[:, l])
+            log_p += x[:, l, None] * exact.log_ratio[l] + exact.log_p0[l]
+        return x
+    return dcd.reveal_some(write, torch.full((n, L), 2), alpha(time_grid(steps)), 2, g)
 
 
 def exact_records(n, steps, names=()):

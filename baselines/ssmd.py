@@ -24,7 +24,9 @@ the product of the q_i that were passed, and F is the mean of that over walks. S
 sample, where F takes L, and it is -log p(x) itself if the networks are exact.
 
 Ours are the bound, the [mask] that the first place reads, and the window: with `steps` calls, each of them
-fills an equal part, and its draft is verified until it has. The paper's is a cosine.
+fills an equal part, and its draft is verified until it has. (The paper's is a cosine.) So are the angles of
+RoPE, the query's of the place it predicts and the key's of the place it reads. Halves of both for both, as
+the paper is said to have, do not tell how far apart these are, and the target learns nothing on sawtooth.
 
 Read in this order: verify, speculate, class SSMD.
 """
@@ -136,15 +138,15 @@ class SSMD(MDLM):
         """The target's states: (b, L), (b, L, d), (b, L) -> (b, L, d), all along the order.
 
         A place reads the token before it, the states there and its own. The first one has [mask] before it,
-        at its own place.
+        at its own place. In attention a query stands where its token will be, and a key where it was read:
+        so RoPE tells how far apart the two are.
         """
         def before(z, first):
             return torch.cat((first, z[:, :-1]), dim=1)
         token = self.embed(before(y, torch.full_like(y[:, :1], self.mask_id)))
         e = self.mix(torch.cat((token, before(h, h[:, :1]), h), dim=-1))
-        places = before(order, order[:, :1])
-        cos, sin = (torch.cat((table[places][..., ::2], table[order][..., 1::2]), dim=-1)[:, None]
-                    for table in (self.dit.cos, self.dit.sin))                         # (b, 1, L, d / H / 2)
+        places = torch.stack((order, before(order, order[:, :1])))                     # of queries, of keys
+        cos, sin = (table[places][:, :, None] for table in (self.dit.cos, self.dit.sin))  # (2, b, 1, L, ..)
         return h + self.block([e], [self.dit.time[0](e.new_zeros(1))], cos, sin)[0]
 
     def backbone(self, x_t):

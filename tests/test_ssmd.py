@@ -170,13 +170,17 @@ def test_the_causal_block_is_causal_along_the_order():
         assert not differs[:, :d + 1].any() and differs[:, d + 1:].all()
 
 
-def test_the_places_of_the_tokens_matter():
-    """Of the token before, and its own, each by half of the angles."""
-    method, h = make('ssmd'), torch.randn(1, 12, 16, generator=generator())
-    y, order = torch.randint(9, (1, 12), generator=generator()), torch.arange(12)[None]
-    swapped = order[:, [0, 1, 2, 3, 4, 6, 5, 7, 8, 9, 10, 11]]
-    differs = (method.causal(y, h, order) - method.causal(y, h, swapped)).abs().amax(dim=2)[0] > 1e-6
-    assert not differs[:5].any() and differs[5:].all()
+def test_the_distance_of_what_is_read_matters():
+    """From the place that is predicted: a place of its own for the last one changes its states and no others,
+    and places that are all moved change none."""
+    method, g = make('ssmd', block_size=20), generator()
+    h, order = torch.randn(1, 12, 16, generator=g), torch.randperm(12, generator=g)[None]
+    y = torch.randint(9, (1, 12), generator=g)
+    states, elsewhere = method.causal(y, h, order), order.clone()
+    elsewhere[:, -1] = 15
+    differs = (method.causal(y, h, elsewhere) - states).abs().amax(dim=2)[0] > 1e-5
+    assert differs.tolist() == [False] * 11 + [True]
+    torch.testing.assert_close(method.causal(y, h, order + 7), states, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('weighting', ['elbo', 'constant'])
