@@ -2,8 +2,8 @@
 SSMD: self-speculative masked diffusion (Campbell et al., 2025, arXiv:2510.03929).
 
     forward     MDLM's; and sigma, an order of the positions: first the visible ones, then the masked ones
-    draft       MDLM's denoiser: given the first i tokens of sigma, a DiT makes states h, and the head of them
-                p_i(x_d) for all later places d at once, independent of one another
+    draft       MDLM's denoiser: from the first i tokens of sigma a DiT makes states h, and the head makes
+                p_i(x_d) of them, for all later places d at once and independent of one another
     target      one causal block along sigma, on top of h: q_i(x_d | all tokens before d), all in one pass
     loss        E_t  -alpha'_t / (1 - alpha_t)  sum over masked d of  -log p_i(x_d) - log q_i(x_d)
     sampler     draw all masked tokens from p_i. Along sigma keep each of them with probability
@@ -19,14 +19,14 @@ So a call of the DiT yields as many tokens as draft and target agree on: all of 
 and again, one draft gets the law of the targets, a little autoregressive model on top of h; but if every
 draft is new, the law is F and no product of targets, because q depends on i.
 
-The bound is by Jensen. A stop of the walk and the same stop of the sampler have probabilities whose ratio is
-the product of the q_i that were passed, and F is the mean of that over walks. So it takes as many calls as a
-sample, where F takes L, and it is -log p(x) itself if the networks are exact.
+That the sampler writes x with the same stops as a walk has the walk's probability times its product of q_i.
+So F_0 is the mean of that product over walks, and the bound is Jensen's inequality. It takes as many calls as
+a sample, where F takes L, and it is -log p(x) itself if the networks are exact.
 
 Ours are the bound, the [mask] that the first place reads, and the window: with `steps` calls, each of them
 fills an equal part, and its draft is verified until it has. (The paper's is a cosine.) So are the angles of
-RoPE, the query's of the place it predicts and the key's of the place it reads. Halves of both for both, as
-the paper is said to have, do not tell how far apart these are, and the target learns nothing on sawtooth.
+RoPE: a query's are of the place that it predicts, a key's of the place that it reads. With halves of both in
+each, as the paper is said to have them, they do not tell how far apart these are (see RESULTS.md).
 
 Read in this order: verify, speculate, class SSMD.
 """
