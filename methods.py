@@ -9,8 +9,10 @@ import os
 
 from baselines.ar import AR
 from baselines.cadd import CADD
+from baselines.dcd import DCD
 from baselines.duo import Duo
 from baselines.flm import FLM
+from baselines.ssmd import SSMD
 from baselines.vadd import VADD
 from ladd import LADD
 from ldlm import LDLM
@@ -21,7 +23,7 @@ from lib.hub import load_published
 from mdlm import MDLM
 
 METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM,
-           'ar': AR, 'cadd': CADD, 'duo': Duo, 'flm': FLM, 'vadd': VADD}
+           'ar': AR, 'cadd': CADD, 'duo': Duo, 'flm': FLM, 'ssmd': SSMD, 'vadd': VADD}
 
 
 def build(config):
@@ -81,6 +83,21 @@ def open_encoder(name, device):
     if method.likelihood != 'exact':  # it reads from left to right, as a language model of the hub does
         raise UserError(f'the encoder {name} is {method.name}; it has to be AR, or a model of the hub')
     return RunEncoder(method, config)
+
+
+def with_copula(method, config, name, device):
+    """An MDLM, its config, and out/NAME of an AR -> DCD of both, and its config.
+
+    UserError unless they are that, and of the same kind of texts.
+    """
+    ar, theirs = open_run(name, device)
+    for k in ('vocab_size', 'tokenizer', 'wrap', 'block_size'):
+        if theirs.get(k) != config.get(k):
+            raise UserError(f'--copula={name} has another {k} than the MDLM')
+    try:
+        return DCD(method, ar).eval(), {**config, 'method': 'dcd'}
+    except ValueError as e:
+        raise UserError(e) from e
 
 
 def attach_encoder(method, data, device):

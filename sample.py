@@ -33,7 +33,7 @@ from lib.device import compile_in_place, pick_device
 from lib.files import whole
 from lib.hub import save_run
 from lib.tokens import DATA, Char, load_tokenizer, read_meta
-from methods import attach_encoder, open_published, open_run
+from methods import attach_encoder, open_published, open_run, with_copula
 from train import open_data
 
 LATENTS = ('generated', 'none', 'data')
@@ -60,17 +60,21 @@ class Shared(Machine):
     # texts (--strategy=seq; of LDLM it is their reconstruction)
     latent: str = key('generated', choices=LATENTS)
     encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
+    copula: str = ''               # for an MDLM: out/NAME of an AR, and both draw a step's tokens together
     sampler: str = ''              # ancestral | first_hitting (one call a token, whatever steps says) | ...
     eta: float = 1.0               # of remdm, psi_cap, psi_rescale, psi_loop: how much is noised again
     kappa: float = 0.95            # of --sampler=psi: how much is not noised again
     tail: str = 'ancestral'        # of Duo: ancestral | greedy, its last step
     hint: str = 'soft'             # of CADD: soft | hard, what its hints move towards
+    correction: float = 1.0        # of --copula: how much of MDLM's word counts
+    verifications: int = 1         # of --sampler=speculative: passes of the causal block for a draft
     temperature: float = 1.0
     top_p: float = 1.0
 
 
 # those of Shared that method.sample may take
-OPTIONS = ('latent_steps', 'latent', 'eta', 'kappa', 'tail', 'hint', 'temperature', 'top_p')
+OPTIONS = ('latent_steps', 'latent', 'eta', 'kappa', 'tail', 'hint', 'verifications', 'correction',
+           'temperature', 'top_p')
 
 
 @dataclass
@@ -105,6 +109,8 @@ def open_model(c, device):
         raise UserError('name one model: --out_dir=out/NAME (a run of train.py) or --init_from=HUB_ID '
                         '(published weights)')
     method, config = open_run(c.out_dir, device) if c.out_dir else open_published(c.init_from, device)
+    if c.copula:
+        method, config = with_copula(method, config, c.copula, device)
     if c.compile:
         compile_in_place(method.backbones(), device)
     return method, config
@@ -323,6 +329,8 @@ def main(argv):
     c = read_arguments(Config, argv)
     if c.save and not c.save.endswith(('.npy', '.jsonl')):
         raise UserError(f'--save={c.save}: the name ends with .npy (ids) or .jsonl (ids and text)')
+    if c.copula and c.save_hub:
+        raise UserError('--copula draws samples: there are no weights of its own for --save_hub')
     if '--start=' in argv:
         raise UserError('--start is empty: give a prompt, or leave it out')
     device = pick_device(c.device)

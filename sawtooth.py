@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import cadd, duo, flm
+from baselines import cadd, dcd, duo, flm, ssmd
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -104,6 +104,15 @@ class Exact:
         p1 = (self.log_likelihood(x_t).softmax(dim=1) @ self.p)[where]
         return torch.stack((1 - p1, p1), dim=1).log()
 
+    def after(self, x, order):
+        """p(x_d = 1 | the tokens before d that are visible), for all d: x, and order, its places, (n, L)."""
+        parts = []
+        for y, places in zip(x.split(256), order.split(256)):
+            log_p = (y == 1)[..., None] * self.log_ratio[places] + (y != 2)[..., None] * self.log_p0[places]
+            posterior = (log_p.cumsum(dim=1) - log_p).softmax(dim=2)                   # (n, L, P)
+            parts.append((posterior * self.p.T[places]).sum(dim=2))
+        return torch.cat(parts)
+
     def joint_denoise(self, x_t, z_t, t, where):
         """The same with the shift as the one code: z_t (n, 1) in 0 ... P-1, or P for [mask].
 
@@ -159,7 +168,7 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
-BASELINES = ('FLM', 'Duo', 'VADD', 'CADD')
+BASELINES = ('FLM', 'Duo', 'VADD', 'CADD', 'SSMD')
 NO_LATENT = ('MDLM', *BASELINES)
 
 
@@ -213,10 +222,11 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
     kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'VADD', 'VADD, fixed z',
-    'CADD'.
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'VADD', 'VADD, fixed z', 'CADD', 'SSMD', 'SSMD,
+    speculative' (whatever steps is), 'DCD', and 'DCD, AR alone', which draws all that a step reveals without
+    looking to the right.
     """
-    if kind.split(',')[0] in BASELINES:
+    if kind.split(',')[0] in (*BASELINES, 'DCD'):
         return exact_baseline(kind, n, steps, seed)
     exact, g, alphas = Exact(), torch.Generator().manual_seed(seed), alpha(time_grid(steps))
     P, texts, schedule = len(exact.p), [], 'polynomial' if kind == 'joint ahead' else 'linear'
@@ -253,6 +263,10 @@ def exact_baseline(kind, n, steps, seed=0):
             return (torch.rand(x.shape, generator=g) < p).long(), (2 * p - 1)[..., None]
         x, z = torch.full((n, L), 2), torch.randn(n, L, 1, generator=g)
         return cadd.hinted(denoise, x, z, alpha(time_grid(steps)), 2, g)
+    if kind.startswith('SSMD'):
+        return exact_ssmd(exact, n, None if kind == 'SSMD, speculative' else steps, g)
+    if kind.startswith('DCD'):
+        return exact_dcd(exact, n, steps, float(kind == 'DCD'), g)
     if kind == 'FLM':
         signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
 
@@ -268,6 +282,36 @@ def exact_baseline(kind, n, steps, seed=0):
         return torch.where(z == 1, p, 1 - p), drawn.long(), (p > 0.5).long()
     z, tail = torch.randint(2, (n, L), generator=g), 'greedy' if 'greedy' in kind else 'ancestral'
     return duo.reverse(denoise, z, 2, *duo.plan(steps, 'ancestral'), tail, g)
+
+
+def exact_ssmd(exact, n, steps, g):
+    """exact_draw of SSMD, whose states are probabilities (n, L, 2); steps: None for speculative."""
+    def backbone(x_t):
+        return exact.denoise(x_t, torch.ones_like(x_t, dtype=torch.bool)).exp().view(*x_t.shape, 2)
+
+    def causal(y, h, order):
+        p = exact.after(y, order)
+        return torch.stack((1 - p, p), dim=2)
+
+    def probs(states):
+        yield slice(None), states.double()
+    x, order = torch.full((n, L), 2), torch.rand(n, L, generator=g).argsort(dim=1)
+    return ssmd.speculate(backbone, causal, probs, x, order, 2, steps, generator=g)
+
+
+def exact_dcd(exact, n, steps, correction, g):
+    """exact_draw of DCD, whose MDLM and AR are p(x_l | visible tokens) and p(x_l | all tokens before l)."""
+    def write(x_t):
+        both = exact.log_likelihood(x_t).softmax(dim=1) @ exact.p
+        left = exact.after(x_t, torch.arange(L).expand_as(x_t))
+        x, log_p, odds = x_t.clone(), torch.zeros(n, len(exact.p)), correction * (both.logit() - left.logit())
+        for l in range(L):
+            p1 = ((log_p.softmax(dim=1) @ exact.p[:, l]).logit() + odds[:, l]).sigmoid()
+            drawn = torch.rand(n, generator=g) < p1
+            x[:, l] = torch.where(x[:, l] == 2, drawn, x[:, l])
+            log_p += x[:, l, None] * exact.log_ratio[l] + exact.log_p0[l]
+        return x
+    return dcd.reveal_some(write, torch.full((n, L), 2), alpha(time_grid(steps)), 2, g)
 
 
 def exact_records(n, steps, names=()):
@@ -347,7 +391,7 @@ def figure(records, path):
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
               'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6',
-              'VADD': 'C8', 'exact VADD': 'C8', 'CADD': 'C9', 'exact CADD': 'C9'}
+              'VADD': 'C8', 'exact VADD': 'C8', 'CADD': 'C9', 'exact CADD': 'C9', 'SSMD': 'k', 'exact SSMD': 'k'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})

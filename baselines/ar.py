@@ -90,22 +90,30 @@ class AR(Method):
         follows an open place of its row. options: temperature, top_p. callback(position, x, None) sees
         every step.
         """
-        c, weight = self.config, self.head.weight
         options = self.sampling_options(strategy, sampler, **options)
-        x_0 = torch.full((n, 1 + c.block_size), self.mask_id, device=weight.device)  # start, then the text
+        text = torch.full((n, self.config.block_size), self.mask_id, device=self.head.weight.device)
         if x is not None:
-            x_0[:, 1:1 + x.shape[1]] = x
-        given = x_0[:, 1:] != self.mask_id
+            text[:, :x.shape[1]] = x
+        given = text != self.mask_id
         if (given[:, 1:] & ~given[:, :-1]).any():
             raise ValueError('AR writes from left to right: it continues a text, but fills no gap in one')
-        nothing = weight.new_empty(n, c.num_heads, 0, c.hidden // c.num_heads)
+        return self.left_to_right(text, lambda i, logits: draw_tokens(
+            logits, options['temperature'], options['top_p'], generator), callback)
+
+    def left_to_right(self, x, draw, callback=None):
+        """x (n, L) with mask_id at open places -> (n, L); draw(i, logits (n, V)) -> tokens (n,) for place i.
+
+        A given token to the right of an open place stays, but the model does not know it in advance.
+        """
+        c, given = self.config, x != self.mask_id
+        x_0 = torch.cat((torch.full_like(x[:, :1], self.mask_id), x), dim=1)  # start, then the text
+        nothing = self.head.weight.new_empty(len(x), c.num_heads, 0, c.hidden // c.num_heads)
         caches, past = [[nothing, nothing] for _ in range(c.num_layers)], 0
-        for i in range(int(given.sum(dim=1).min()), c.block_size):
+        for i in range(int(given.cumprod(dim=1).sum(dim=1).min()), c.block_size):
             # the prompt at once, then one position at a time
             h = self.dit(self.embed(x_0[:, past:i + 1]), caches=caches)
             past = i + 1
-            drawn = draw_tokens(self.head(h[:, -1]), options['temperature'], options['top_p'], generator)
-            x_0[:, i + 1] = torch.where(given[:, i], x_0[:, i + 1], drawn)
+            x_0[:, i + 1] = torch.where(given[:, i], x_0[:, i + 1], draw(i, self.head(h[:, -1])))
             if callback:
                 callback(i, x_0[:, 1:], None)
         return x_0[:, 1:]

@@ -278,8 +278,10 @@ def copy(tmp_path_factory):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(os.path.join(ROOT, path), copy / path)
     (copy / 'text.txt').write_text(TEXT)
-    imports_and_table, functions = (copy / 'methods.py').read_text().split('\n\n\n', maxsplit=1)
-    (copy / 'methods.py').write_text(f'{imports_and_table}\n{NAMED}\n\n{functions}')
+    source = (copy / 'methods.py').read_text()
+    methods = re.search(r'^METHODS = {.*?}\n', source, re.MULTILINE | re.DOTALL)[0]
+    wanted, line = NAMED.splitlines(True)
+    (copy / 'methods.py').write_text(source.replace(methods, wanted + methods + line))
     return copy
 
 

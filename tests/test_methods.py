@@ -73,7 +73,7 @@ def test_steps_are_at_least_one_where_they_matter(name, strategy, sampler):
             with pytest.raises(ValueError, match=f'steps must be at least 1, not {steps}'):
                 sample(steps)
     else:
-        assert calls == ([None, None] if name == 'ar' else [L, L])
+        assert calls == ([None, None] if name == 'ar' or sampler == 'speculative' else [L, L])
         assert torch.equal(sample(1), sample(5)) and sample(1).max() < V
 
 
@@ -87,7 +87,7 @@ def test_options_are_complete_and_each_has_an_effect(name, strategy, sampler):
     options = method.sampling_options(strategy, sampler)
     assert (options['strategy'], options['sampler']) == (strategy, sampler)
     others = {'temperature': 0.3, 'top_p': 0.4, 'eta': 0.05, 'latent_steps': 3, 'kappa': 0.3,
-              'tail': 'greedy', 'hint': 'hard'}
+              'tail': 'greedy', 'hint': 'hard', 'verifications': 3}
 
     def sample(**options):
         return method.sample(64, 4, **options, generator=generator())
@@ -111,6 +111,8 @@ def test_a_callback_sees_every_step(name, strategy, sampler):
     x = method.sample(3, 4, strategy, sampler, generator=generator(),
                       callback=lambda i, x, z: seen.append((i, x.clone(), z)))
     steps = 4 if method.denoiser_calls(4, sampler=sampler) == 4 else L
+    if sampler == 'speculative':
+        steps = len(seen)  # it depends on the samples
     latent_steps = 8 * (strategy == 'seq')
     assert [i for i, _, _ in seen] == list(range(-latent_steps, steps))
     assert all((x_t == method.mask_id).all() for i, x_t, _ in seen if i < 0) and torch.equal(seen[-1][1], x)
@@ -166,6 +168,14 @@ def test_costs_of_ar():
     assert method.denoiser_calls(5) is None and method.sampling_flops(L, 5) == of_dit(L)
 
 
+def test_costs_of_ssmd():
+    """At most: a pass of the causal block for each token, and, without `steps`, a call as well."""
+    method, block = make('ssmd'), of_dit(L) + L * 3 * 16 * 16
+    assert method.denoiser_calls(5) == 5 == calls_of(method, 5)
+    assert method.sampling_flops(L, 5) == 5 * of_dit(L) + L * block
+    assert method.sampling_flops(L, 5, sampler='speculative') == L * (of_dit(L) + block)
+
+
 @pytest.mark.parametrize('name', ['co', 'di'])
 @pytest.mark.parametrize('layers', [0, 1])
 def test_costs_of_ladd(name, layers):
@@ -217,6 +227,7 @@ def test_costs_of_a_training_step():
     for name in ('mdlm', 'cadd'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
     assert make('vadd').training_flops(L) == 6 * (2 * of_dit(L) + L / 2 * d * V)  # with its recognition
+    assert make('ssmd').training_flops(L) == 6 * (of_dit(L, 2) + L * 3 * d * d + 2 * L / 2 * d * V)
     method = make('ldlm')
     parts = sum(m.flops(L) for m in method.modules() if isinstance(m, ldlm.Transformer))
     expected = 6 * (of_dit(L) + parts + L * d * V) + 2 * of_dit(L)
@@ -387,7 +398,7 @@ def test_adaptive_times_survive_a_step_of_nans():
     assert method.times.sums.isfinite().all() and float(method.times.sums[1].sum()) == 16
 
 
-@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'vadd', 'cadd', 'co'])
+@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'vadd', 'cadd', 'ssmd', 'co'])
 def test_others_have_nothing_to_move(name):
     method = make(name).train()
     before = {k: v.clone() for k, v in method.state_dict().items()}

@@ -35,9 +35,9 @@ def test_compiled_networks_sample_the_same(name, monkeypatch):
     compile, networks = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, 'compile',
                         lambda self: networks.append(self) or compile(self, backend='eager'))
+    keys = dict(out_dir='out/m', init_from='', copula='')
     (method, _), (compiled, _) = (
-        sample.open_model(SimpleNamespace(out_dir='out/m', init_from='', compile=c), torch.device('cpu'))
-        for c in (False, True))
+        sample.open_model(SimpleNamespace(**keys, compile=c), torch.device('cpu')) for c in (False, True))
     assert networks and set(networks) == set(compiled.backbones())
     assert torch.equal(generate(method, 3, 3, 2, 0), generate(compiled, 3, 3, 2, 0))
 
