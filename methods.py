@@ -8,6 +8,7 @@ The methods by name, and the way from a name or a folder to one.
 import os
 
 from baselines.ar import AR
+from baselines.candi import CANDI
 from baselines.duo import Duo
 from baselines.flm import FLM
 from ladd import LADD
@@ -18,7 +19,7 @@ from lib.encoders import HubEncoder, RunEncoder, check_tokenizer
 from lib.hub import load_published
 from mdlm import MDLM
 
-METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo': Duo}
+METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM, 'ar': AR, 'flm': FLM, 'duo': Duo, 'candi': CANDI}
 
 
 def build(config):

@@ -73,7 +73,7 @@ L, CHARS = 12, '\n abcdefg'
 TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8,
             dataset='toy', wrap=False, tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
 TINY_METHODS = {
-    'mdlm': {}, 'ar': {}, 'flm': {}, 'duo': {},
+    'mdlm': {}, 'ar': {}, 'flm': {}, 'duo': {}, 'candi': {},
     'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
     'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4,
                codebook_size=5),
@@ -214,6 +214,7 @@ TWO_STAGES = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', 
 # new times
 TOY_METHODS = {
     'mdlm': [], 'flm': ['--method=flm'], 'duo': ['--method=duo', '--curriculum_iters=3'],
+    'candi': ['--method=candi'],
     'co_ladd': ['--method=ladd', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1',
                 '--times=independent', '--stage1_iters=3'],
     'di_ladd': [*TWO_STAGES, '--vq_start=2', '--stage1_iters=6'],

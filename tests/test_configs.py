@@ -133,7 +133,7 @@ def test_ladd_and_mdlm_are_comparable(data, kind):
     assert changed <= {'method', 'out_dir', 'hidden', 'num_layers', 'num_heads', 'cond_dim'}
 
 
-@pytest.mark.parametrize('method', ['flm', 'duo'])
+@pytest.mark.parametrize('method', ['flm', 'duo', 'candi'])
 @pytest.mark.parametrize('data', ['sawtooth', 'shakespeare_char'])
 def test_neighbours_and_mdlm_are_comparable(data, method):
     """Equal blocks, tokens and optimizers."""
@@ -162,7 +162,8 @@ FROZEN = {'co_ladd': ['--encoder=AR', '--num_latents=4', '--latent_dim=8'],
 NO_LADD = [f'{data}_{method}' for data in ('shakespeare_char', 'text', 'lm1b') for method in ('mdlm', 'ar')]
 CO_LADD = ['shakespeare_char_co_ladd', 'text_co_ladd', 'lm1b_co_ladd', 'owt']
 DI_LADD = ['shakespeare_char_di_ladd', 'text_di_ladd', 'lm1b_di_ladd', 'owt_di_ladd']
-TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm', 'shakespeare_char_flm', 'shakespeare_char_duo']]
+NEIGHBOURS = [f'shakespeare_char_{method}' for method in ('flm', 'duo', 'candi')]
+TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm', *NEIGHBOURS]]
 TRAINS += [(name, changes[kind]) for changes in (LEARNED, FROZEN)
            for kind, names in (('co_ladd', CO_LADD), ('di_ladd', DI_LADD)) for name in names]
 

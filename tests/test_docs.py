@@ -279,10 +279,9 @@ def copy(tmp_path_factory):
             shutil.copy(os.path.join(ROOT, path), copy / path)
     (copy / 'text.txt').write_text(TEXT)
     source = (copy / 'methods.py').read_text()
-    old = next(line for line in source.splitlines(True) if line.startswith('METHODS = '))
-    wanted, line = NAMED.splitlines(True)
-    assert line.replace(", 'maskgit': MaskGIT", '') == old  # just one name more
-    (copy / 'methods.py').write_text(source.replace(old, wanted + line))
+    old = re.search(r'^METHODS = {.*?}\n', source, re.MULTILINE | re.DOTALL)[0]
+    assert re.sub(r",\s+'maskgit': MaskGIT", '', NAMED).endswith(f'\n{old}')  # just one name more
+    (copy / 'methods.py').write_text(source.replace(old, NAMED))
     return copy
 
 

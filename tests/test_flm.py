@@ -10,7 +10,7 @@ import torch
 from helpers import close, generator, make, scrambled, whole
 
 import model
-from baselines.flm import FLM, Config, Times, euler, identified, mean_at, squared_error
+from baselines.flm import FLM, Config, Times, embedded_noise, euler, identified, mean_at, squared_error
 from sawtooth import exact_draw, swd
 
 # ------------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_the_table_is_the_map(V):
 def test_noise_has_the_covariance_of_embedded_one_hot_noise(V):
     """And the gradient reaches the embedding: that of E|eps E|^2 is 2 E."""
     method, b = scrambled(FLM(Config(V, 3, hidden=8, num_layers=1, num_heads=2, cond_dim=8))), 20_000
-    eps = method.embedded_noise(lambda *shape: whole(b).normal('noise', *shape))
+    eps = embedded_noise(method.embed.weight, 3, lambda *shape: whole(b).normal('noise', *shape))
     assert eps.shape == (b, 3, 8)
     E = method.embed.weight
     products = eps.flatten(0, 1)[:, :, None] * eps.flatten(0, 1)[:, None]              # (3 b, d, d)

@@ -129,7 +129,7 @@ class Shapes(TorchDispatchMode):
         return max(map(math.prod, self.shapes))
 
 
-@pytest.mark.parametrize('method', ['mdlm', 'ar', 'flm', 'duo'])
+@pytest.mark.parametrize('method', ['mdlm', 'ar', 'flm', 'duo', 'candi'])
 def test_logits_of_all_positions_never_exist(method, monkeypatch):
     chunks(monkeypatch, 10, 10)
     m = build(dict(method=method, vocab_size=2000, block_size=L, hidden=4, num_layers=1, num_heads=2,
@@ -142,7 +142,7 @@ def test_logits_of_all_positions_never_exist(method, monkeypatch):
     with Shapes() as seen:
         m.sample(2, steps=L)
     # about one token per call, or a chunk of all positions; 2 * L * 2000 would be all
-    assert seen.largest() <= (10 if method in ('flm', 'duo') else 8) * 2000
+    assert seen.largest() <= (10 if method in ('flm', 'duo', 'candi') else 8) * 2000
 
 
 def test_the_slots_hold_what_they_promise():
@@ -213,7 +213,7 @@ def compiled_steps(m, steps, backend='eager'):
 
 
 @pytest.mark.parametrize('config', [{}, dict(schedule='polynomial'), dict(method='ar'), dict(method='flm'),
-                                    dict(method='duo'),
+                                    dict(method='duo'), dict(method='candi'),
                                     dict(CO_LADD, p_drop=0.1), DI_LADD], ids=str)
 def test_one_graph_for_all_steps(config):
     backend = 'eager' if config else 'aot_eager'  # which traces the backward pass as well, and is slow
@@ -254,7 +254,7 @@ def test_compiled_logits_are_never_in_fp32(monkeypatch):
 # the other side of the benchmark
 
 @pytest.mark.parametrize('config', [{}, dict(weighting='constant'), dict(method='ar'), dict(method='flm'),
-                                    dict(method='duo'),
+                                    dict(method='duo'), dict(method='candi'),
                                     dict(CO_LADD, p_start=0.5), DI_LADD, LDLM], ids=str)
 def test_the_full_head_of_the_benchmark_is_the_same_function(config, monkeypatch):
     """Of every method, and from the logits of all positions."""

@@ -214,7 +214,8 @@ def test_costs_of_a_training_step():
     d = 16
     for name in ('ar', 'flm', 'duo'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L * d * V)
-    assert make('mdlm').training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
+    for name in ('mdlm', 'candi'):
+        assert make(name).training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
     method = make('ldlm')
     parts = sum(m.flops(L) for m in method.modules() if isinstance(m, ldlm.Transformer))
     expected = 6 * (of_dit(L) + parts + L * d * V) + 2 * of_dit(L)
@@ -385,7 +386,7 @@ def test_adaptive_times_survive_a_step_of_nans():
     assert method.times.sums.isfinite().all() and float(method.times.sums[1].sum()) == 16
 
 
-@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'co'])
+@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'candi', 'co'])
 def test_others_have_nothing_to_move(name):
     method = make(name).train()
     before = {k: v.clone() for k, v in method.state_dict().items()}
