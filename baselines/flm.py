@@ -16,7 +16,7 @@ few rows at a time. Read in this order: identified, Times, euler, class FLM.
 
 Where we differ from the released code: its states are (b, L, V) in fp32, 12 GiB for 64 texts of 1024 words.
 Its g is a spline through 100-point quadrature, which is off by 1e-4 and negative near t = 0; ours is
-quadrature to 1e-13. Its attention has a soft cap of 50, and its time is fed unscaled. No likelihood is
+quadrature to 1e-11. Its attention has a soft cap of 50, and its time is fed unscaled. No likelihood is
 published. The distillation to a flow map (FMLM) is not here.
 """
 from dataclasses import dataclass
