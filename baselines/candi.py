@@ -21,6 +21,7 @@ and tells the network the next sigma; here both are of the time that the hints h
 over V + 1 words happens to hit x, at V = 2 a third of what should stay masked; here a coin decides. Its sigma
 has a factor (d - 1) / d and no value below .2, wrong 1.3 to 7.6 times at V = 2; here it is the formula above.
 Its steps have length 1 / N on a grid that starts at .999, and t is at most .999; here N steps go from 1 to 0.
+A step is linear in sigma^2 in the paper, eq. (14); linear in sigma it is better if the noise is wide.
 """
 import math
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 Statistical bounds are 4.5 standard errors, and the seeds are fixed.
 """
 import itertools
+import os
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ import torch.nn.functional as F
 from helpers import close, generator, make, spy, whole
 
 import model
+import train
 from baselines import candi
 from baselines.candi import CANDI, Config, hinted, sigma
+from lib.configurator import configure
 from mdlm import alpha, time_grid
-from sawtooth import exact_draw, swd
+from methods import METHODS
+from sawtooth import R_OF_CANDI, exact_draw, swd
 
 PUBLISHED, WIDE, NO_HINT = (0.05, 0.25), (0.01, 0.49), (0.4998, 0.4999)
 
@@ -65,7 +69,7 @@ def test_without_hints_it_is_mdlm():
     different = method(x, whole(16))[0]
     method.config.mixing = 1.0
     torch.testing.assert_close(method(x, whole(16))[0], mdlm(x, whole(16))[0])
-    assert abs(float(different - mdlm(x, whole(16))[0])) > 1e-3
+    assert (different - mdlm(x, whole(16))[0]).abs() > 1e-3
 
 
 def test_r_rises():
@@ -161,6 +165,19 @@ def test_the_sampler_finds_the_law_of_two_tokens(sampler):
     assert 0.012 < distance(PUBLISHED, 64) < 0.03
 
 
+def test_a_step_in_sigma_is_better_than_one_in_its_square(monkeypatch):
+    """Which is the paper's eq. (14): 16 steps through wide noise."""
+    def squares(denoise, x, y, ts, alphas, sigmas, *others):
+        factors = (1 + (sigmas[1:] / sigmas[:-1]).square()) / 2
+        return hinted(denoise, x, y, ts, alphas, torch.cat((torch.ones(1), factors.cumprod(dim=0))), *others)
+
+    def distance():
+        return Toy(WIDE).distance(Toy(WIDE).method().sample(10_000, 16, generator=generator()))
+    assert distance() < 0.03
+    monkeypatch.setattr(candi, 'hinted', squares)
+    assert distance() > 0.08
+
+
 def test_two_words_of_which_one_is_given():
     """The other follows its conditional law."""
     toy, n = Toy(r=WIDE), 20_000
@@ -190,3 +207,9 @@ def test_one_step_on_sawtooth_is_better_than_mdlm():
     """Its tokens share the noise that they start from. .0495 for exact MDLM, .0059 for data, at N = 20,480;
     .0117 +- .0006 at this N."""
     assert 0.02 < swd(exact_draw('CANDI', 5120, 1), draws=1) < 0.04
+
+
+def test_the_exact_curve_has_the_range_of_the_config():
+    c = configure(train.Config, [os.path.join(os.path.dirname(train.__file__), 'config/sawtooth_candi.py')],
+                  METHODS)
+    assert (c['r_min'], c['r_max']) == R_OF_CANDI
