@@ -9,6 +9,7 @@ import os
 
 from baselines.ar import AR
 from baselines.cadd import CADD
+from baselines.candi import CANDI
 from baselines.dcd import DCD
 from baselines.duo import Duo
 from baselines.flm import FLM
@@ -23,7 +24,7 @@ from lib.hub import load_published
 from mdlm import MDLM
 
 METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM,
-           'ar': AR, 'cadd': CADD, 'duo': Duo, 'flm': FLM, 'ssmd': SSMD, 'vadd': VADD}
+           'ar': AR, 'cadd': CADD, 'candi': CANDI, 'duo': Duo, 'flm': FLM, 'ssmd': SSMD, 'vadd': VADD}
 
 
 def build(config):

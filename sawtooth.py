@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import cadd, dcd, duo, flm, ssmd
+from baselines import cadd, candi, dcd, duo, flm, ssmd
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -168,8 +168,9 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
-BASELINES = ('FLM', 'Duo', 'VADD', 'CADD', 'SSMD')
+BASELINES = ('FLM', 'Duo', 'CANDI', 'VADD', 'CADD', 'SSMD')
 NO_LATENT = ('MDLM', *BASELINES)
+R_OF_CANDI = 0.1, 0.4  # r_min and r_max in config/sawtooth_candi.py
 
 
 def draw(method, n, steps, strategy='joint', seed=0, batch=128):
@@ -222,9 +223,9 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
     """n texts from exact denoisers.
 
     kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'VADD', 'VADD, fixed z', 'CADD', 'SSMD', 'SSMD,
-    speculative' (whatever steps is), 'DCD', and 'DCD, AR alone', which draws all that a step reveals without
-    looking to the right.
+    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'CANDI', 'CANDI, mean', 'VADD', 'VADD, fixed z',
+    'CADD', 'SSMD', 'SSMD, speculative' (whatever steps is), 'DCD', and 'DCD, AR alone', which draws all that
+    a step reveals without looking to the right.
     """
     if kind.split(',')[0] in (*BASELINES, 'DCD'):
         return exact_baseline(kind, n, steps, seed)
@@ -275,6 +276,18 @@ def exact_baseline(kind, n, steps, seed=0):
             p = exact.predict(torch.tanh(c * (z[..., 1] - z[..., 0]) / (1 - c) ** 2 / 2))
             return torch.stack((1 - p, p), dim=-1), (p > 0.5).long()
         return flm.euler(denoise, torch.randn(n, L, 2, generator=g), t.tolist(), signal(t).tolist())
+    if kind.startswith('CANDI'):
+        ts = time_grid(steps)
+        sigmas, _ = candi.sigma(ts, *R_OF_CANDI)
+
+        def denoise(x, z, t):  # tokens or 2 = [mask], and z (n, L, 2), one-hot with noise
+            hint = torch.tanh((z[..., 1] - z[..., 0]) / candi.sigma(t, *R_OF_CANDI)[0].float() ** 2 / 2)
+            p = exact.predict(torch.where(x == 2, hint, 2.0 * x - 1))
+            drawn = (torch.rand(p.shape, generator=g) < p).long()
+            p = p if 'mean' in kind else drawn.float()
+            return drawn, torch.stack((1 - p, p), dim=-1)
+        x, z = torch.full((n, L), 2), sigmas[0].float() * torch.randn(n, L, 2, generator=g)
+        return candi.hinted(denoise, x, z, ts, alpha(ts), sigmas, 2, g)
 
     def denoise(z, alpha):
         p = exact.predict((2.0 * z - 1) * float(alpha), leave_one_out=True).double()
@@ -391,7 +404,8 @@ def figure(records, path):
     colors = {'MDLM': 'C0', 'Di-LADD joint': 'C1', 'Di-LADD seq': 'C2', 'Co-LADD joint': 'C3',
               'Co-LADD seq': 'C4', 'exact MDLM': 'C0', 'exact joint': 'C1', 'exact seq': 'C2',
               'exact joint ahead': 'C7', 'FLM': 'C5', 'exact FLM': 'C5', 'Duo': 'C6', 'exact Duo': 'C6',
-              'VADD': 'C8', 'exact VADD': 'C8', 'CADD': 'C9', 'exact CADD': 'C9', 'SSMD': 'k', 'exact SSMD': 'k'}
+              'CANDI': 'C7', 'exact CANDI': 'C7', 'VADD': 'C8', 'exact VADD': 'C8', 'CADD': 'C9',
+              'exact CADD': 'C9', 'SSMD': 'k', 'exact SSMD': 'k'}
     chart = plt.figure(figsize=(7, 4.2))
     for name, values in curves(records).items():
         exact, runs = name.startswith('exact'), sorted({len(v) for v in values.values()})

@@ -73,8 +73,8 @@ L, CHARS = 12, '\n abcdefg'
 TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8,
             dataset='toy', wrap=False, tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
 TINY_METHODS = {
-    'mdlm': {}, 'ar': {}, 'flm': {}, 'duo': {}, 'ssmd': {}, 'vadd': dict(z_dim=3, encoder_layers=1),
-    'cadd': dict(hint_dim=3),
+    'mdlm': {}, 'ar': {}, 'flm': {}, 'duo': {}, 'candi': {}, 'ssmd': {}, 'cadd': dict(hint_dim=3),
+    'vadd': dict(z_dim=3, encoder_layers=1),
     'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
     'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4,
                codebook_size=5),
@@ -218,6 +218,7 @@ TOY_METHODS = {
     'vadd': ['--method=vadd', '--encoder_layers=1', '--kl_warmup=4'],
     'cadd': ['--method=cadd', '--hint_dim=4'],
     'ssmd': ['--method=ssmd'],
+    'candi': ['--method=candi'],
     'co_ladd': ['--method=ladd', '--latent_dim=4', '--num_latents=2', '--encoder_layers=1',
                 '--times=independent', '--stage1_iters=3'],
     'di_ladd': [*TWO_STAGES, '--vq_start=2', '--stage1_iters=6'],

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import log
+from helpers import Toy, log
 
 import ladd
 import train
@@ -16,6 +16,8 @@ from methods import METHODS, build, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'config', '*.py')))
+PUBLISHED = [f'{data}_{method}' for data in ('lm1b', 'owt') for method in ('flm', 'duo', 'candi')]
+WORDS = {'lm1b': (30522, 'bert-base-uncased', 128), 'owt': (50257, 'gpt2', 1024)}
 VOCAB = {'sawtooth': 2, 'shakespeare_char': 65, 'text': 50257, 'lm1b': 151669, 'openwebtext': 151669}
 
 
@@ -32,7 +34,8 @@ def on_meta(name, *args):
     config = read(name, *args)
     config['block_size'] = config['block_size'] or 128  # sawtooth's own
     with torch.device('meta'):
-        return build({**config, 'vocab_size': VOCAB[config['dataset']]})
+        vocab_size = WORDS[name.split('_')[0]][0] if name in PUBLISHED else VOCAB[config['dataset']]
+        return build({**config, 'vocab_size': vocab_size})
 
 
 def parameters(module):
@@ -66,6 +69,24 @@ def test_the_settings_of_the_paper(name):
     assert method.embed.weight.shape == (151670, 1024) and method.head.weight.shape == (151669, 1024)
     # LADD table 12
     assert f'{method.flops(c.block_size) / 1e9:.2f}' == {128: '21.37', 512: '90.73'}[c.block_size]
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_the_published_settings_of_the_neighbours(name):
+    """A DiT of width 768; bert-base-uncased and 128 tokens on LM1B, gpt2 and 1024 on OpenWebText."""
+    c, method = SimpleNamespace(**read(name)), on_meta(name)
+    assert (c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.dropout) == (768, 12, 12, 128, 0.1)
+    assert (c.learning_rate, c.beta1, c.beta2, c.weight_decay, c.ema) == (3e-4, 0.9, 0.999, 0, 0.9999)
+    assert (c.warmup_iters, c.decay_lr, c.grad_clip, c.dtype) == (2500, 'constant', 1, 'bfloat16')
+    assert (c.batch_size, c.max_iters) == (512, 1_500_000 if c.method == 'flm' else 1_000_000)
+    vocabulary, tokenizer, L = WORDS[name.split('_')[0]]
+    assert method.head.out_features == vocabulary and c.block_size == L
+    with open(config_file(name)) as f:
+        assert f'--tokenizer={tokenizer} ' in f.read()
+    if c.method == 'duo':
+        assert (c.curriculum_iters, c.tau) == (500_000, 1e-3)
+    if c.method == 'candi':
+        assert (c.r_min, c.r_max, c.mixing, c.weighting) == (0.05, 0.25, 0.5, 'elbo')
 
 
 LM1B_DI_128 = ['--num_latents=128', '--codebook_size=511', '--latent_dim=32']
@@ -133,7 +154,7 @@ def test_ladd_and_mdlm_are_comparable(data, kind):
     assert changed <= {'method', 'out_dir', 'hidden', 'num_layers', 'num_heads', 'cond_dim'}
 
 
-@pytest.mark.parametrize('method', ['flm', 'duo', 'vadd', 'cadd', 'ssmd'])
+@pytest.mark.parametrize('method', ['flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd'])
 @pytest.mark.parametrize('data', ['sawtooth', 'shakespeare_char'])
 def test_neighbours_and_mdlm_are_comparable(data, method):
     """Equal blocks, tokens and optimizers."""
@@ -163,8 +184,8 @@ FROZEN = {'co_ladd': ['--encoder=AR', '--num_latents=4', '--latent_dim=8'],
 NO_LADD = [f'{data}_{method}' for data in ('shakespeare_char', 'text', 'lm1b') for method in ('mdlm', 'ar')]
 CO_LADD = ['shakespeare_char_co_ladd', 'text_co_ladd', 'lm1b_co_ladd', 'owt']
 DI_LADD = ['shakespeare_char_di_ladd', 'text_di_ladd', 'lm1b_di_ladd', 'owt_di_ladd']
-NEIGHBOURS = [f'shakespeare_char_{method}' for method in ('flm', 'duo', 'vadd', 'cadd', 'ssmd')]
-TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm', *NEIGHBOURS]]
+NEIGHBOURS = [f'shakespeare_char_{method}' for method in ('flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd')]
+TRAINS = [(name, []) for name in [*NO_LADD, 'owt_mdlm', *NEIGHBOURS, *PUBLISHED]]
 TRAINS += [(name, changes[kind]) for changes in (LEARNED, FROZEN)
            for kind, names in (('co_ladd', CO_LADD), ('di_ladd', DI_LADD)) for name in names]
 
@@ -241,3 +262,29 @@ def test_it_runs_at_true_size(name, qwen3, monkeypatch):
     for options in ({}, {'strategy': 'seq', 'latent_steps': 2}) if 'di' in name else ({},):
         x = method.sample(1, 2, **options)
         assert x.shape == (1, config['block_size']) and x.max() < 151669
+
+
+class Words(Toy):
+    """Made-up texts of any size."""
+
+    def __init__(self, vocab_size, block_size):
+        self.vocab_size, self.block_size = vocab_size, block_size
+
+    def batch(self, seed, step, rows):
+        return (rows[:, None] + 7 * torch.arange(self.block_size)**2 + step) % self.vocab_size,
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_neighbours_run_at_true_size(name, tmp_path, monkeypatch):
+    """Start, train two steps of one text each, and sample."""
+    V, _, L = WORDS[name.split('_')[0]]
+    monkeypatch.setattr(train, 'open_data', lambda name, split, block_size: Words(V, block_size))
+    train.main([config_file(name), f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False',
+                '--batch_size=1', '--max_iters=2', '--log_interval=1', '--eval_seqs=1'])
+    records = log(tmp_path / 'out')
+    assert [r['step'] for r in records] == [1, 2, 2]
+    assert all(0 < r.get('loss', r.get('val_loss')) < 500 for r in records)
+    method, _ = open_run(tmp_path / 'out', 'cpu')
+    x = method.sample(1, 2)
+    assert x.shape == (1, L) and x.max() < V

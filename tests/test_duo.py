@@ -122,6 +122,44 @@ def test_bound_is_the_entropy_if_the_denoiser_leaves_out_its_own_token():
     assert (toy.method(False).nll(x, whole(n)).double() + own).mean() > 0.3
 
 
+def test_the_loss_is_least_where_the_denoiser_leaves_out_its_own_token(monkeypatch):
+    """By minimising its mean over all texts and all z of one time, in double precision."""
+    monkeypatch.setattr(torch.Tensor, 'float', lambda self: self)
+    toy, a = Toy(), 0.6
+    channel = a * torch.eye(3).double() + (1 - a) / 3
+    seen = toy.p[:, None] * (channel[toy.texts[:, None, 0], toy.texts[:, 0]]
+                             * channel[toy.texts[:, None, 1], toy.texts[:, 1]])        # p(x, z), (9, 9)
+    x, z = toy.texts[:, None].expand(9, 9, 2).flatten(), toy.texts.expand(9, 9, 2).flatten()
+    weights = seen.flatten().repeat_interleave(2)
+    b, rate = torch.full_like(weights, 1 - a), torch.ones_like(weights)
+    found = torch.zeros(9, 2, 3).double()  # logits for each z
+    optimizer = torch.optim.LBFGS([found], lr=1, max_iter=500, tolerance_grad=1e-12, tolerance_change=0,
+                                  line_search_fn='strong_wolfe')
+
+    def closure():
+        logits = found.repeat(9, 1, 1).flatten(0, 1)
+        loss = (weights * nelbo_(logits, x, z, b, rate)).sum()
+        found.grad = (weights[:, None] * logits).view(9, 9, 2, 3).sum(dim=0)
+        return loss
+    optimizer.step(closure)
+    p, times = found.softmax(dim=-1), torch.full((9, 1), a).double()
+    torch.testing.assert_close(p, toy.posterior(toy.texts, times), rtol=0, atol=1e-6)
+    assert (p - toy.posterior(toy.texts, times, leave_one_out=False)).abs().max() > 0.2
+
+
+def test_the_integrand_is_the_limit_of_a_step(monkeypatch):
+    """The KL from q(x_s | z, x) to q(x_s | z, x_0 = p), per unit of time, as s approaches t."""
+    monkeypatch.setattr(torch.Tensor, 'float', lambda self: self)
+    logits, x, z, b = cases(n=10)
+    dt, nats = 1e-6, nelbo_(logits.clone(), x, z, b, torch.ones_like(b))
+    for i in range(len(x)):
+        a_t = 1 - float(b[i])
+        true, ours = (bayes(z[i], p, a_t, a_t + dt)
+                      for p in (torch.eye(5).double()[x[i]], logits[i].softmax(dim=-1)))
+        kl = (true * (true / ours).log()).sum() / dt
+        torch.testing.assert_close(kl, nats[i], rtol=1e-4, atol=1e-4)
+
+
 def test_the_prior_is_not_quite_uniform():
     """KL of x_1 to uniform words by summing; .0030 nats per token at 50,257 words."""
     for V in (2, 5, 50257):
@@ -174,6 +212,24 @@ def test_the_input_of_the_curriculum(V):
             ours = ours.double().flatten()
             error = (float(ours.var()) / len(ours) + float(theirs.var()) / len(theirs)) ** 0.5
             assert abs(float(ours.mean()) - float(theirs.mean())) < 4.5 * error
+
+
+def test_few_entries_are_enough():
+    """At the published tau: what lies outside of the three largest is nothing, and the largest nearly all."""
+    x, V = torch.zeros(100, 64).long(), 50257
+    for t in (0.0, 0.5, 1.0):
+        weights = curriculum(x, torch.full((100,), t), gamma_range(V), 1e-3, 4, whole(100), V)[1]
+        largest = weights.double().sort(dim=-1, descending=True)[0]
+        assert largest[..., 3:].sum(dim=-1).mean() < 5e-5 and 0.985 < largest[..., 0].mean() < 1
+
+
+@pytest.mark.parametrize('k, among', [(2, 0.44), (5, 0.55), (100, 0.836)])
+def test_among_the_largest_is_not_the_largest(k, among):
+    """How often the released curriculum calls x_t = x, at gamma = -2.7, where .36 is right."""
+    x, V = torch.zeros(100, 100).long(), 50257
+    weights = curriculum(x, torch.zeros(100), torch.tensor([-2.7, -1]), 1e3, k, whole(100), V)[1]
+    assert float((weights[..., 0] > weights[..., k]).double().mean()) == pytest.approx(among, abs=0.02)
+    assert close((weights.argmax(dim=-1) == 0).double().flatten(), 0.360)
 
 
 def test_the_label_is_the_heaviest_input():

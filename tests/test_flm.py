@@ -5,12 +5,13 @@ Statistical bounds are 4.5 standard errors, and the seeds are fixed.
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import close, generator, make, scrambled, whole
 
 import model
-from baselines.flm import FLM, Config, Times, euler, identified, mean_at, squared_error
+from baselines.flm import FLM, Config, Times, embedded_noise, euler, identified, mean_at, squared_error
 from sawtooth import exact_draw, swd
 
 # ------------------------------------------------------------------------------------------------------------
@@ -21,6 +22,21 @@ def test_two_coordinates_are_told_apart_by_the_error_function():
     alpha, slope = identified(m, 2)
     torch.testing.assert_close(alpha, torch.erf(m / 2), rtol=0, atol=1e-12)
     torch.testing.assert_close(slope, torch.exp(-m**2 / 4) / math.pi**0.5, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('V', [65, 50257, 151_669])
+def test_quadrature_is_exact(V):
+    """Against eleven times the points; 100 of Gauss and Hermite, as in the released code, are off by 1e-4."""
+    m = torch.linspace(0, 7, 71, dtype=torch.float64)
+
+    def alpha(e, weights):
+        return (V * ((V - 1) * torch.special.log_ndtr(e + m[:, None])).exp() @ weights - 1) / (V - 1)
+    e = torch.linspace(-9, 9, 1981, dtype=torch.float64)
+    exact = alpha(e, torch.exp(-e**2 / 2) * 18 / 1980 / (2 * math.pi) ** 0.5)
+    torch.testing.assert_close(identified(m, V)[0], exact, rtol=0, atol=1e-11)
+    e, weights = map(torch.from_numpy, np.polynomial.hermite.hermgauss(100))
+    if V == 50257:
+        assert 5e-5 < (alpha(e * 2**0.5, weights / math.pi**0.5) - exact).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize('m', [0.0, 0.7, 2.5])
@@ -63,7 +79,7 @@ def test_the_table_is_the_map(V):
 def test_noise_has_the_covariance_of_embedded_one_hot_noise(V):
     """And the gradient reaches the embedding: that of E|eps E|^2 is 2 E."""
     method, b = scrambled(FLM(Config(V, 3, hidden=8, num_layers=1, num_heads=2, cond_dim=8))), 20_000
-    eps = method.embedded_noise(lambda *shape: whole(b).normal('noise', *shape))
+    eps = embedded_noise(method.embed.weight, 3, lambda *shape: whole(b).normal('noise', *shape))
     assert eps.shape == (b, 3, 8)
     E = method.embed.weight
     products = eps.flatten(0, 1)[:, :, None] * eps.flatten(0, 1)[:, None]              # (3 b, d, d)

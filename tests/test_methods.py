@@ -224,7 +224,7 @@ def test_costs_of_a_training_step():
     d = 16
     for name in ('ar', 'flm', 'duo'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L * d * V)
-    for name in ('mdlm', 'cadd'):
+    for name in ('mdlm', 'cadd', 'candi'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
     assert make('vadd').training_flops(L) == 6 * (2 * of_dit(L) + L / 2 * d * V)  # with its recognition
     assert make('ssmd').training_flops(L) == 6 * (of_dit(L, 2) + L * 3 * d * d + 2 * L / 2 * d * V)
@@ -398,7 +398,7 @@ def test_adaptive_times_survive_a_step_of_nans():
     assert method.times.sums.isfinite().all() and float(method.times.sums[1].sum()) == 16
 
 
-@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'vadd', 'cadd', 'ssmd', 'co'])
+@pytest.mark.parametrize('name', ['mdlm', 'ar', 'flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd', 'co'])
 def test_others_have_nothing_to_move(name):
     method = make(name).train()
     before = {k: v.clone() for k, v in method.state_dict().items()}

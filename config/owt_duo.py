@@ -1,0 +1,35 @@
+"""
+Duo on OpenWebText with the published settings: a DiT of width 768 with 12 layers, gpt2 (50,257 ids),
+sequences of 1024.
+
+    python data/openwebtext/prepare.py --tokenizer=gpt2 --wrap
+    torchrun --standalone --nproc_per_node=8 train.py config/owt_duo.py
+
+Half of the steps have the curriculum. Their README samples with the greedy tail: --tail=greedy, see duo.py.
+--wrap makes the chunks of MDLM's code: BOS, 1,022 ids, EOS. The learning rate stays constant, as published;
+--decay_lr=cosine (or linear) ends lower.
+"""
+dataset = 'openwebtext'
+method = 'duo'
+block_size = 1024
+
+hidden = 768
+num_layers = 12
+num_heads = 12
+cond_dim = 128
+dropout = 0.1
+curriculum_iters = 500000
+
+batch_size = 512  # over all processes; where memory is short: --micro_batch=16
+max_iters = 1000000
+learning_rate = 3e-4
+warmup_iters = 2500
+decay_lr = 'constant'
+beta1 = 0.9
+beta2 = 0.999
+weight_decay = 0.0
+grad_clip = 1.0
+ema = 0.9999
+dtype = 'bfloat16'
+compile = True
+eval_interval = 10000
