@@ -377,7 +377,9 @@ def print_tables(records):
             rows.append([name, *cells(np.mean(losses), 0.5303, PAPER.get(method))])
         else:
             rows.append([f'{name}, {given}', *cells(np.mean(losses), None, PAPER[f'{method} {strategy}'])])
-    print_table('token loss, nats per token (LADD table 1)', ['ours', 'exact', 'paper'], rows, sys.stdout)
+    error = np.mean([r['error'] for r in records if 'token_loss' in r] or 0)
+    print_table(f'token loss, nats per token, ± {error:.4f} for the texts (LADD table 1)',
+                ['ours', 'exact', 'paper'], rows, sys.stdout)
     gaps = [grouped(records, k, 'name', 'visible') for k in ('kl', 'network', 'bayes')]
     if gaps[0]:
         rows = [[f'{name}, {"of a text" if kind == "data" else "fair coins"}',
@@ -446,7 +448,7 @@ def report(method):
     if method.name not in (*NO_LATENT, *LATENT_STEPS):
         return
     n, steps = 4096, (1, 2)
-    records = [dict(r, name=method.name) for r in token_losses(method, n // 8)]
+    records = [dict(r, name=method.name) for r in token_losses(method, n // 4)]
     jobs = [(strategy, T) for strategy in method.strategies for T in steps]
     with tqdm(total=sum(T for _, T in jobs), desc=f'sampling {n:,} texts each', unit='step') as bar:
         for strategy, T in jobs:
@@ -469,7 +471,7 @@ class Config(Keys):
 
 
 # the kinds of results: what each holds besides whose it is
-RESULTS = {'token_loss', 'strategy'}, {'swd', 'strategy', 'steps'}, {'kl', 'visible', 'network', 'bayes'}
+RESULTS = {'token_loss', 'error', 'strategy'}, {'swd', 'strategy', 'steps'}, {'kl', 'visible', 'network', 'bayes'}
 
 
 def read_results(path, n):

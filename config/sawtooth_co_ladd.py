@@ -25,14 +25,14 @@ times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
 stage1_iters = 400
-stage3_start = 1100
+stage3_start = 1250
 stage1_t_min = 0.8
 stage1_clean = True
 p_start = 0.25
 
 optimizer = 'muon'
 batch_size = 32
-max_iters = 1900
+max_iters = 1700
 learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'
