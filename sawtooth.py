@@ -471,7 +471,8 @@ class Config(Keys):
 
 
 # the kinds of results: what each holds besides whose it is
-RESULTS = {'token_loss', 'error', 'strategy'}, {'swd', 'strategy', 'steps'}, {'kl', 'visible', 'network', 'bayes'}
+RESULTS = ({'token_loss', 'error', 'strategy'}, {'swd', 'strategy', 'steps'},
+           {'kl', 'visible', 'network', 'bayes'})
 
 
 def read_results(path, n):

@@ -5,6 +5,7 @@ The pictures of README.md and TUTORIAL.md. Each command draws one again, in its 
     python -m examples.figures noise                             tokens and latent, joint and sequential
     python -m examples.figures posterior                         what visible tokens tell about the shift
     python -m examples.figures barrier                           texts of exact denoisers in few steps
+    python -m examples.figures neighbours                        SWD of ten exact samplers; 15 minutes
     python -m examples.figures collapse [out/A out/B ...]        LDLM's latents with and without warmup
     python -m examples.figures denoising out/sawtooth_co_ladd    joint beside sequential sampling, moving
     options: --save=FILE, and of denoising --steps=4 --latent_steps=16
@@ -20,10 +21,10 @@ from matplotlib.patches import Patch
 from ladd import abar
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.files import read_lines
-from lib.plot import ASSETS, check_ending, literally, plt, save
+from lib.plot import ASSETS, check_ending, literally, log_scale, plt, save
 from mdlm import alpha
 from methods import open_run
-from sawtooth import PERIOD, Exact, L, Sawtooth, bias, exact_draw, pictures
+from sawtooth import PERIOD, Exact, L, Sawtooth, bias, exact_draw, pictures, swd
 
 TOKENS = ListedColormap(['#eaf2fb', '#08306b', '#e6c88f'])  # of 0, 1 and 2 = [mask]
 
@@ -95,6 +96,32 @@ def barrier(path):
                               ('exact sequential', 'seq', (1,))):
         panels |= {f'{name}, {n} step{"s" * (n > 1)}': exact_draw(kind, 128, n) for n in steps}
     pictures(panels, path)
+
+
+def neighbours(path, n=20480, calls=(1, 2, 4, 8, 16, 32)):
+    """SWD of exact samplers against backbone calls: where the tokens of one step get what they share."""
+    chart, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    groups = ({'MDLM': 'MDLM', 'joint': 'LADD, joint', 'CADD': 'CADD', 'Duo': 'Duo', 'FLM': 'FLM',
+               'CANDI': 'CANDI'},
+              {'seq': 'LADD, sequential, and its latent\'s calls', 'VADD': 'VADD, a new z in every step',
+               'VADD, fixed z': 'VADD, one z for all steps', 'SSMD': 'SSMD, and passes of its causal block',
+               'DCD': 'DCD: two calls, and 128 of an AR, in every step'})
+    data = Sawtooth('fresh').texts(n)
+    for ax, kinds in zip(axes, groups):
+        for kind, label in kinds.items():
+            steps = [T for T in calls if kind != 'DCD' or 2 * T <= max(calls)]
+            values = [swd(exact_draw(kind, n, T)) for T in steps]
+            ax.plot([2 * T for T in steps] if kind == 'DCD' else steps, values, 'o-', ms=3, label=label)
+            print(kind, ' '.join(f'{T}: {value:.4f}' for T, value in zip(steps, values)), flush=True)
+        ax.axhline(swd(data), color='grey', lw=1, label='data against data')
+        ax.set_xscale('log', base=2)
+        ax.xaxis.set_major_formatter('{x:.0f}')
+        log_scale(ax.yaxis)
+        ax.set(xlabel='calls of the exact denoiser')
+        ax.legend(fontsize='x-small')
+    axes[0].set(ylabel='sliced Wasserstein distance', title='nothing shared, or beside the tokens')
+    axes[1].set(title='shared before the tokens, or between them')
+    save(chart, path)
 
 
 def noise(path):
@@ -228,10 +255,11 @@ def denoising(path, out_dir, steps, latent_steps, n=96):
 
 def main(argv):
     kind, *names = [a for a in argv if not a.startswith('-')] or ['']
-    drawings = {draw.__name__: draw for draw in (wave, noise, posterior, barrier, collapse, denoising)}
+    drawings = {draw.__name__: draw
+                for draw in (wave, noise, posterior, barrier, neighbours, collapse, denoising)}
     moving = kind == 'denoising'
     if kind not in drawings or (len(names) != 1 if moving else names and kind != 'collapse'):
-        raise UserError('python -m examples.figures wave | noise | posterior | barrier | '
+        raise UserError('python -m examples.figures wave | noise | posterior | barrier | neighbours | '
                         'collapse [out/A out/B ...] | denoising out/NAME')
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
