@@ -9,6 +9,7 @@ that sawtooth_di_ladd.py explains:
   second model for sequential sampling)
 - the latent has length 1: free to grow, it carries more of the text's own coin flips and is harder to
   generate
+- stage 3 trains the latent denoiser of sequential sampling alone: its steps cost a quarter of the others
 """
 dataset = 'sawtooth'
 method = 'ladd'
@@ -25,9 +26,9 @@ times = 'independent'
 weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's choice, too
 
 stage1_iters = 400
-stage3_start = 1250
 stage1_t_min = 0.8
 stage1_clean = True
+stage3_start = 1250
 p_start = 0.25
 
 optimizer = 'muon'
