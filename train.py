@@ -342,6 +342,7 @@ def loop(config, trainer, train_data, val_data, done, tokens):
     with closing(log), closing(feed), heed_signals(lambda: done > start) as received:
         if start and due(c, start, 0, trainer.method.validated)[1] and largest(log.lacks_validation(start)):
             validate()  # a signal came before it
+            log.restart_clock(tokens)
         for step, batch, draw_rows in feed:
             logs, numbers = trainer.step(step, batch, draw_rows)
             done, tokens, log.doing = step + 1, tokens + c.batch_size * c.block_size, ''
