@@ -497,12 +497,13 @@ class LADD(mdlm.MDLM):
     # --- likelihood ---
 
     @torch.no_grad()
-    def nll_parts(self, x, noise, strategy='joint', z_0=None):
+    def nll_parts(self, x, noise, strategy='joint', z_0=None, tokens_only=False):
         """Tokens and latent of the negative ELBO of a strategy, one time each, nats per sequence (b,).
 
         joint: both channels at the same time t; seq: tokens given the clean latent, latent given nothing.
         The token part alone is the papers' "data" likelihood, the *token channel*. It is no bound on
-        -log p(x): the latent that the tokens are given was read off x. ValueError for an unknown strategy.
+        -log p(x): the latent that the tokens are given was read off x. tokens_only spares the passes for the
+        latent. ValueError for an unknown strategy.
         """
         joint = self.sampling_options(strategy)['strategy'] == 'joint'
         z_0, t = self.latents_of(x, z_0), noise.times('t_x')
@@ -516,6 +517,8 @@ class LADD(mdlm.MDLM):
             return elbo_weight(t, self.config.schedule) * self.masked_nll(h_x, x, mask)
         t_z = t if joint else torch.zeros_like(t)
         parts = {'token': token_nats(noised(t) if joint else self.channel.seen(z_0), t_z)}
+        if tokens_only:
+            return parts
 
         s = self.channel.bound_times(t)
         if joint:

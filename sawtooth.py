@@ -173,7 +173,7 @@ NO_LATENT = ('MDLM', *BASELINES)
 R_OF_CANDI = 0.1, 0.4  # r_min and r_max in config/sawtooth_candi.py
 
 
-def draw(method, n, steps, strategy='joint', seed=0, batch=128):
+def draw(method, n, steps, strategy='joint', seed=0, batch=256):
     """n texts (n, L) from a trained method."""
     generator = torch.Generator(next(method.parameters()).device).manual_seed(seed)
     options = {'latent_steps': LATENT_STEPS[method.name]} if strategy == 'seq' else {}
@@ -190,8 +190,10 @@ def token_losses(method, n, batch=256):
     device = next(method.parameters()).device
     x, rows = Sawtooth('table 1').texts(n).to(device), torch.arange(n, device=device)
     noise, records = Noise(0, 0, rows, n), []
+    options = {} if method.name in NO_LATENT else {'tokens_only': True}
     for strategy in method.strategies:
-        parts = [method.nll_parts(x[i:i + batch], noise[i:i + batch], strategy) for i in range(0, n, batch)]
+        parts = [method.nll_parts(x[i:i + batch], noise[i:i + batch], strategy, **options)
+                 for i in range(0, n, batch)]
         losses = torch.cat([p['token'] if 'token' in p else p['val'] for p in parts]) / L
         error = (losses.std() / n**0.5).item()
         records.append(dict(strategy=strategy, n=n, token_loss=losses.mean().item(), error=error))

@@ -838,6 +838,17 @@ def test_nll_adds_the_channels():
         torch.testing.assert_close(model.nll(x, whole(16)), parts['token'] + parts['latent'])
 
 
+@pytest.mark.parametrize('latent', LATENTS)
+@pytest.mark.parametrize('strategy', ['joint', 'seq'])
+def test_nll_of_the_tokens_only_takes_one_pass(latent, strategy):
+    model, x = make(latent, latent_layers=1).eval(), texts(16)
+    expected = model.nll_parts(x, whole(16), strategy)['token']
+    calls = [spy(model, name) for name in ('hidden_states', 'predict_latent')]
+    parts = model.nll_parts(x, whole(16), strategy, tokens_only=True)
+    assert set(parts) == {'token'} and torch.equal(parts['token'], expected)
+    assert [len(c) for c in calls] == [1, 0]
+
+
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_times_by_log_snr(schedule):
     t = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
