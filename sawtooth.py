@@ -167,7 +167,7 @@ def swd(x, draws=3, directions=1000):
 PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq': 0.5067,
          'Co-LADD joint': 0.4109, 'Co-LADD seq': 0.2558}
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
-EXACT = ('MDLM', 'joint', 'joint ahead', 'seq')
+LADD_EXACT = ['joint', 'joint ahead', 'seq']
 BASELINES = ('FLM', 'Duo', 'CANDI', 'VADD', 'CADD', 'SSMD')
 NO_LATENT = ('MDLM', *BASELINES)
 R_OF_CANDI = 0.1, 0.4  # r_min and r_max in config/sawtooth_candi.py
@@ -329,12 +329,14 @@ def exact_dcd(exact, n, steps, correction, g):
     return dcd.reveal_some(write, torch.full((n, L), 2), alpha(time_grid(steps)), 2, g)
 
 
-def exact_records(n, steps, names=()):
-    """Those of MDLM and LADD, and of the baselines among the names of methods."""
+def exact_records(n, steps, names):
+    """Those of MDLM, and of the other methods among the names."""
     d = distances(Sawtooth('fresh').texts(n), 3)
     floor = [dict(name='data', n=n, swd=float(np.mean(d)), error=float(np.std(d, ddof=1)))]
+    of_ladd = LADD_EXACT if any(name in LATENT_STEPS for name in names) else []
+    kinds = ['MDLM', *of_ladd, *(b for b in BASELINES if b in names)]
     return floor + [dict(name='exact', strategy=kind, steps=T, n=n, swd=swd(exact_draw(kind, n, T)))
-                    for kind in (*EXACT, *(b for b in BASELINES if b in names)) for T in steps]
+                    for kind in kinds for T in steps]
 
 
 # ------------------------------------------------------------------------------------------------------------
