@@ -61,12 +61,10 @@ class Config(train.Config):
 # ------------------------------------------------------------------------------------------------------------
 # the straightforward way
 
-class FullCrossEntropy:
-    """What model.HeadCrossEntropy computes, from all the logits at once."""
-
-    @staticmethod
-    def apply(h, W, b, targets, weights):
-        return (weights * F.cross_entropy(F.linear(h, W, b).float(), targets, reduction='none')).sum()
+def full_cross_entropy(replace, head, h, targets, weights=None):
+    """In place of model.head_loss: the cross-entropy from all the logits at once."""
+    losses = F.cross_entropy(head(h).float(), targets, reduction='none')
+    return losses.mean() if weights is None else (weights * losses).sum()
 
 
 def all_rows(mask, stratified=True):
@@ -77,10 +75,10 @@ def all_rows(mask, stratified=True):
 def use_full_head():
     """From here on, every method in this process has the straightforward loss.
 
-    They all call model.head_cross_entropy, which calls HeadCrossEntropy; MDLM and LADD first choose rows.
+    They all call model.head_cross_entropy, which calls head_loss; MDLM and LADD first choose rows.
     Duo has a loss of its own, which takes its rows in chunks.
     """
-    model.HeadCrossEntropy, mdlm.masked_rows = FullCrossEntropy, all_rows
+    model.head_loss, mdlm.masked_rows = full_cross_entropy, all_rows
     model.rows_at_once = lambda *args, **limits: 2**62
 
 

@@ -12,6 +12,7 @@ from baselines.cadd import CADD
 from baselines.candi import CANDI
 from baselines.dcd import DCD
 from baselines.duo import Duo
+from baselines.duo_distilled import DistilledDuo
 from baselines.flm import FLM
 from baselines.ssmd import SSMD
 from baselines.vadd import VADD
@@ -24,7 +25,8 @@ from lib.hub import load_published
 from mdlm import MDLM
 
 METHODS = {'mdlm': MDLM, 'ladd': LADD, 'ldlm': LDLM,
-           'ar': AR, 'cadd': CADD, 'candi': CANDI, 'duo': Duo, 'flm': FLM, 'ssmd': SSMD, 'vadd': VADD}
+           'ar': AR, 'cadd': CADD, 'candi': CANDI, 'duo': Duo, 'duo_distilled': DistilledDuo, 'flm': FLM,
+           'ssmd': SSMD, 'vadd': VADD}
 
 
 def build(config):

@@ -171,29 +171,37 @@ def rows_at_once(vocab_size, device, cpu=2**25, gpu=2**28):
     return max(1, (gpu if device.type == 'cuda' else cpu) // vocab_size)
 
 
-def head_in_chunks(ctx, replace, h, W, b, weights, *about):
-    """sum_i weight_i * loss_i of logits h W^T + b; its gradients are formed chunk by chunk and kept in ctx.
+class HeadLoss(torch.autograd.Function):
+    """sum_i weight_i * loss_i of logits h W^T + b, of which only a few rows exist at a time.
 
     replace(logits (r, V), *about of these rows) -> losses (r,), fp32, and puts their gradient in place of the
-    logits. So the (rows, V) logits never exist as a whole.
+    logits. So all gradients are formed in the forward pass, and backward only scales them.
     """
-    dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
-    loss = h.new_zeros((), dtype=torch.float32)
-    size = rows_at_once(len(W), h.device)
-    part = rows_at_once(len(W), h.device, cpu=2**21)  # on a CPU the fp32 softmax stays in the cache
-    for start in range(0, len(h), size):
-        chunk = slice(start, start + size)
-        logits = F.linear(h[chunk], W, b)  # bf16 under autocast; becomes its own gradient
-        parts = zip(*(rows.split(part) for rows in (logits, weights[chunk], *(a[chunk] for a in about))))
-        for d_logits, weight, *a in parts:
-            loss += (weight * replace(d_logits, *a)).sum()
-        weight = weights[chunk, None]
-        dh[chunk] = weight * (logits @ W)  # scale (rows, d) instead of (rows, V): fewer multiplications
-        dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
-        db += weights[chunk].to(logits.dtype) @ logits
-        del logits, d_logits, parts  # free this chunk's logits before the next chunk allocates its own
-    ctx.save_for_backward(dh, dW, db)
-    return loss
+
+    @staticmethod
+    def forward(ctx, replace, h, W, b, weights, *about):
+        dh, dW, db = torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)
+        loss = h.new_zeros((), dtype=torch.float32)
+        size = rows_at_once(len(W), h.device)
+        part = rows_at_once(len(W), h.device, cpu=2**21)  # on a CPU the fp32 softmax stays in the cache
+        for start in range(0, len(h), size):
+            chunk = slice(start, start + size)
+            logits = F.linear(h[chunk], W, b)  # bf16 under autocast; becomes its own gradient
+            parts = zip(*(rows.split(part) for rows in (logits, weights[chunk], *(a[chunk] for a in about))))
+            for d_logits, weight, *a in parts:
+                loss += (weight * replace(d_logits, *a)).sum()
+            weight = weights[chunk, None]
+            dh[chunk] = weight * (logits @ W)  # scale (rows, d) instead of (rows, V): fewer multiplications
+            dW += logits.T @ (weight * h[chunk]).to(logits.dtype)
+            db += weights[chunk].to(logits.dtype) @ logits
+            del logits, d_logits, parts  # free this chunk's logits before the next chunk allocates its own
+        ctx.save_for_backward(dh, dW, db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        others = (None,) * (len(ctx.needs_input_grad) - 4)
+        return None, *(d.mul_(d_loss) for d in ctx.saved_tensors), *others  # in place: dW is large
 
 
 def cross_entropy_(logits, targets):
@@ -206,22 +214,16 @@ def cross_entropy_(logits, targets):
     return -log_p_target[:, 0]
 
 
-class HeadCrossEntropy(torch.autograd.Function):
-    """sum_i weight_i * cross-entropy(h_i W^T + b, target_i). Backward only scales gradients already there."""
-
-    @staticmethod
-    def forward(ctx, h, W, b, targets, weights):
-        return head_in_chunks(ctx, cross_entropy_, h, W, b, weights, targets)
-
-    @staticmethod
-    def backward(ctx, d_loss):
-        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
-        return *(d.mul_(d_loss) for d in ctx.saved_tensors), *nothing  # in place: dW is large
+def head_loss(replace, head, h, *about, weights=None):
+    """h (R, d), weights (R,) fp32 -> the weighted sum of a loss of head(h), or its mean; see HeadLoss."""
+    if weights is None:
+        weights = torch.full((len(h),), 1 / len(h), device=h.device)
+    return HeadLoss.apply(replace, h, head.weight, head.bias, weights, *about)
 
 
-def head_cross_entropy(head, h, targets, weights):
-    """h (R, d), targets (R,) int64, weights (R,) fp32 -> the weighted sum of -log p(target), a scalar."""
-    return HeadCrossEntropy.apply(h, head.weight, head.bias, targets, weights)
+def head_cross_entropy(head, h, targets, weights=None):
+    """h (R, d), targets (R,) int64, weights (R,) fp32 -> the weighted sum of -log p(target), or its mean."""
+    return head_loss(cross_entropy_, head, h, targets, weights=weights)
 
 
 def head_logits(head, h):

@@ -169,7 +169,7 @@ PAPER = {'oracle': 0.5075, 'MDLM': 0.5301, 'Di-LADD joint': 0.5055, 'Di-LADD seq
 LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single code needs one
 LADD_EXACT = ['joint', 'joint ahead', 'seq']
 BASELINES = ('FLM', 'Duo', 'CANDI', 'VADD', 'CADD', 'SSMD')
-NO_LATENT = ('MDLM', *BASELINES)
+NO_LATENT = ('MDLM', *BASELINES, 'distilled Duo')
 R_OF_CANDI = 0.1, 0.4  # r_min and r_max in config/sawtooth_candi.py
 
 

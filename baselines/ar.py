@@ -52,8 +52,7 @@ class AR(Method):
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs. noise is what other methods need."""
         h = self.dit(self.embed(self.shifted(x)))                                      # (b, L, d)
-        weights = torch.full((x.numel(),), 1 / x.numel(), device=x.device)
-        loss = head_cross_entropy(self.head, h.flatten(0, 1), x.flatten(), weights)
+        loss = head_cross_entropy(self.head, h.flatten(0, 1), x.flatten())
         return loss, {'loss': loss.detach()}
 
     @torch.no_grad()
@@ -124,6 +123,3 @@ class AR(Method):
     def sampling_flops(self, L, steps, **options):
         """With keys and values kept, a whole text costs one pass."""
         return self.flops(L)
-
-    def training_flops(self, L):
-        return 6 * (self.flops(L) + L * self.config.hidden * self.config.vocab_size)

@@ -16,15 +16,13 @@ That p must leave out what it sees at l is no choice: the loss is least there, a
 itself. p(x_l | all of z) is the reverse step to alpha_s = 1. Read in this order: the loss, the curriculum,
 the samplers, class Duo.
 
-Where we differ from the released code: the loss keeps its logits to a few rows. The bound includes the
-prior's share, .0030 nats per token at 50,000 words, which theirs leaves out. The curriculum draws the few
-largest of V normals by order statistics, as their cheap one does; but theirs calls x_t = x whenever x is
-among those few, here it is when x is the largest. (P(x_t = x) is .55 there for k = 5 where .36 is right.)
-alpha' is a derivative, not a rounded difference. N steps are N calls: the last one ends at alpha = 1.
-psi_rescale takes eta times the largest sigma, as ReMDM does, where theirs has a minimum of two.
-The greedy tail, with which they report results, is an option: argmax of p, which leaves out z_l,
+Where we differ from the released code: the bound includes the prior's share, .0030 nats per token at 50,000
+words. The curriculum draws the few largest of V normals by order statistics, as their cheap one does; but
+theirs calls x_t = x whenever x is among those few, here it is when x is the largest. (P(x_t = x) is .55 there
+for k = 5 where .36 is right.) alpha' is a derivative, not a rounded difference. N steps are N calls: the
+last one ends at alpha = 1. psi_rescale takes eta times the largest sigma, as ReMDM does, not the smaller of
+both. The greedy tail, with which they report results, is an option: argmax of p, which leaves out z_l,
 overwrites tokens that are certain; entropy and Gen PPL fall, and the law of the samples is another one.
-The distillation is not here.
 """
 import math
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ from baselines.flm import identified, mean_at
 from lib.configurator import Not, key
 from lib.method import Method
 from mdlm import DRAW, time_grid, times_from, token_probs
-from model import DiT, HeadCrossEntropy, head_in_chunks, head_logits
+from model import DiT, head_logits, head_loss
 
 EPS = 1e-3  # alpha at t = 1
 
@@ -64,14 +62,6 @@ def nelbo_(logits, x, z, b, rate):
     return rate * (nats / (V * a))[:, 0]
 
 
-class HeadNelbo(HeadCrossEntropy):
-    """sum_i weight_i * nelbo_i, like HeadCrossEntropy."""
-
-    @staticmethod
-    def forward(ctx, h, W, b, weights, *about):
-        return head_in_chunks(ctx, nelbo_, h, W, b, weights, *about)
-
-
 def prior_nats(V):
     """KL from x_t at t = 1, where a share EPS of the tokens is still x, to uniform words; nats per token."""
     return (EPS + (1 - EPS) / V) * math.log(V * EPS + 1 - EPS) + (1 - 1 / V) * (1 - EPS) * math.log(1 - EPS)
@@ -80,9 +70,9 @@ def prior_nats(V):
 # ------------------------------------------------------------------------------------------------------------
 # the curriculum
 
-def gamma_range(V):
+def gamma_range(V, alphas=(0.945, 0.049)):
     """OpenWebText's and LM1B's, as the same two alphas for any V: least noise, most noise, (2,)."""
-    return -2 * mean_at(torch.tensor([0.945, 0.049]), V).log().float()
+    return -2 * mean_at(torch.tensor(alphas), V).log().float()
 
 
 def curriculum(x, t, ends, tau, top_k, noise, V):
@@ -137,10 +127,8 @@ def reverse(denoise, z, V, alphas, kappas, tail='ancestral', generator=None, cal
     """From uniform words z (n, L) along alphas (steps + 1,), up to 1, with kappas (steps,) -> ids (n, L)."""
     for i, kappa in enumerate(kappas):
         p_z, drawn, likeliest = denoise(z, alphas[i])
-        if tail == 'greedy' and i + 1 == len(kappas):
-            z = likeliest
-        else:
-            z = psi_step(z, p_z, drawn, alphas[i], alphas[i + 1], kappa, V, generator)
+        greedy = tail == 'greedy' and i + 1 == len(kappas)
+        z = likeliest if greedy else psi_step(z, p_z, drawn, *alphas[i:i + 2], kappa, V, generator)
         if callback:
             callback(i, z, None)
     return z
@@ -221,8 +209,7 @@ class Duo(Method):
             z, rate = self.corrupt(x, b, noise), torch.full_like(b, 1 - EPS)
             e = self.embed(z)
         about = x.flatten(), z.flatten(), *(y.repeat_interleave(x.shape[1]) for y in (b, rate))
-        weights = torch.full((x.numel(),), 1 / x.numel(), device=x.device)
-        loss = HeadNelbo.apply(self.states(e, b), self.head.weight, self.head.bias, weights, *about)
+        loss = head_loss(nelbo_, self.head, self.states(e, b), *about)
         return loss, {'loss': loss.detach()}
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
@@ -230,8 +217,7 @@ class Duo(Method):
         self.sampling_options(strategy)  # ValueError for an unknown one
         b = (1 - EPS) * noise.times('t')
         z, V, L = self.corrupt(x, b, noise), self.config.vocab_size, x.shape[1]
-        rate = torch.full_like(b, 1 - EPS)
-        about = x.flatten(), z.flatten(), b.repeat_interleave(L), rate.repeat_interleave(L)
+        about = x.flatten(), z.flatten(), b.repeat_interleave(L), b.new_full((x.numel(),), 1 - EPS)
         nats = [nelbo_(logits, *(y[rows] for y in about))
                 for rows, logits in head_logits(self.head, self.states(self.embed(z), b))]
         return {'val': torch.cat(nats).view(-1, L).sum(dim=1) + L * prior_nats(V)}
@@ -259,6 +245,3 @@ class Duo(Method):
         def denoise(z, alpha):
             return self.denoise(z, float(alpha), **draw, generator=generator)
         return reverse(denoise, z, V, alphas, kappas, tail, generator, callback)
-
-    def training_flops(self, L):
-        return 6 * (self.flops(L) + L * self.config.hidden * self.config.vocab_size)

@@ -155,8 +155,7 @@ class FLM(Method):
         """Training loss per token of x (b, L) int64, and logs."""
         t = noise.times('t')
         h = self.states(self.corrupt(x, self.times.signal(t), noise), t)
-        weights = torch.full((x.numel(),), 1 / x.numel(), device=x.device)
-        loss = head_cross_entropy(self.head, h, x.flatten(), weights)
+        loss = head_cross_entropy(self.head, h, x.flatten())
         return loss, {'loss': loss.detach()}
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
@@ -190,9 +189,6 @@ class FLM(Method):
         t = 1 - time_grid(steps, device)[:-1].float()
         y = embedded_noise(E, L, lambda *shape: torch.randn(n, *shape, device=device, generator=generator))
         return euler(self.denoise, y, t.tolist(), self.times.signal(t).tolist(), callback)
-
-    def training_flops(self, L):
-        return 6 * (self.flops(L) + L * self.config.hidden * self.config.vocab_size)
 
 
 def squared_error(head, h, targets):

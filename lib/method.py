@@ -20,7 +20,6 @@ built from an instance of it, and defines
                                        if it has the option latent=data. ValueError for an unknown name,
                                        option or value: begin with self.sampling_options(...)
     latents_of(x)                      what z_0 is for texts x, if it has that option
-    training_flops(L)                  useful FLOPs of a training step per sequence, see bench.py
 
 train.py calls it under bfloat16 autocast: make logits .float() before arithmetic on probabilities. On a GPU
 `forward` may be compiled as a whole, so nothing in it should ask the host (.item(), boolean indexing).
@@ -54,6 +53,7 @@ class Method(nn.Module):
         """-> those of another run's weights {name: tensor} that mean the same here.
 
         Their names and shapes already fit.  old, new: the flat configs of that run and of this one.
+        ValueError if training cannot start from that run.
         """
         return weights
 
@@ -115,6 +115,10 @@ class Method(nn.Module):
         """Forward FLOPs of a denoiser call, counted as in the papers: one per multiply-add, no head."""
         return self.dit.flops(L)
 
+    def training_flops(self, L):
+        """Useful FLOPs of a training step per sequence, see bench.py; here all positions have logits."""
+        return 6 * (self.flops(L) + L * self.config.hidden * self.config.vocab_size)
+
     def denoiser_calls(self, steps, **options):
         """How many denoiser calls `sample` makes for the tokens; None if `steps` has no influence on it."""
         return steps
@@ -122,6 +126,15 @@ class Method(nn.Module):
     def sampling_flops(self, L, steps, **options):
         """FLOPs of one sample, without heads, as if every call ran on the whole sequence."""
         return self.denoiser_calls(steps, **options) * self.flops(L)
+
+
+def frozen(module):
+    """The module with buffers for weights: checkpoints have them, optimizers do not."""
+    for part in module.modules():
+        for name, weight in [*part.named_parameters(recurse=False)]:
+            delattr(part, name)
+            part.register_buffer(name, weight.detach())
+    return module
 
 
 def with_latent(z_0, options):

@@ -117,7 +117,10 @@ def begin_with(method, config, name, old, theirs):
         raise UserError(f'{name} was trained with a tokenizer other than that of {config["dataset"]}')
     own = method.state_dict()
     fits = {k: v for k, v in theirs.items() if k in own and v.shape == own[k].shape}
-    fits = method.reusable(fits, old, config)
+    try:
+        fits = method.reusable(fits, old, config)
+    except ValueError as e:
+        raise UserError(f'{name} does not fit: {e}') from e
     if not fits:
         raise UserError(f'{name} has no weight in common with this method')
     method.load_state_dict(fits, strict=False)

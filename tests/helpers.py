@@ -73,8 +73,8 @@ L, CHARS = 12, '\n abcdefg'
 TINY = dict(block_size=L, vocab_size=len(CHARS) + 1, hidden=16, num_layers=1, num_heads=2, cond_dim=8,
             dataset='toy', wrap=False, tokenizer={'kind': 'char', 'chars': CHARS, 'eos': True})
 TINY_METHODS = {
-    'mdlm': {}, 'ar': {}, 'flm': {}, 'duo': {}, 'candi': {}, 'ssmd': {}, 'cadd': dict(hint_dim=3),
-    'vadd': dict(z_dim=3, encoder_layers=1),
+    'mdlm': {}, 'ar': {}, 'flm': {}, 'duo': {}, 'duo_distilled': {}, 'candi': {}, 'ssmd': {},
+    'cadd': dict(hint_dim=3), 'vadd': dict(z_dim=3, encoder_layers=1),
     'co': dict(method='ladd', num_latents=2, latent_dim=4, latent_layers=1),
     'di': dict(method='ladd', latent='discrete', latent_schedule='linear', num_latents=2, latent_dim=4,
                codebook_size=5),
@@ -215,6 +215,7 @@ TWO_STAGES = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', 
 # new times
 TOY_METHODS = {
     'mdlm': [], 'flm': ['--method=flm'], 'duo': ['--method=duo', '--curriculum_iters=3'],
+    'duo_distilled': ['--method=duo_distilled', '--round_iters=3', '--first_gap=.25', '--init_from=out/duo'],
     'vadd': ['--method=vadd', '--encoder_layers=1', '--kl_warmup=4'],
     'cadd': ['--method=cadd', '--hint_dim=4'],
     'ssmd': ['--method=ssmd'],
@@ -226,6 +227,11 @@ TOY_METHODS = {
              '--latent_layers=1', '--decoder_layers=1', '--adaptive_bins=4', '--adaptive_every=3',
              '--encoder_warmup=6'],
 }
+
+
+def toy_teacher():
+    """What TOY_METHODS's distilled Duo begins with: out/duo."""
+    make('duo', 'out/duo', vocab_size=Toy.vocab_size, block_size=Toy.block_size, tokenizer=Toy.tokenizer)
 
 
 def at_step(monkeypatch, Method, step, action):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TOY_METHODS, disk_full, go, open_toy, same, weights
+from helpers import TOY_METHODS, disk_full, go, open_toy, same, toy_teacher, weights
 
 import train
 from lib import checkpoint
@@ -161,6 +161,7 @@ def test_a_run_of_the_first_edition_continues_exactly(name, tmp_path, monkeypatc
     monkeypatch.setattr(train, 'open_data', open_toy)
     monkeypatch.chdir(tmp_path)
     args = [*TOY_METHODS[name], '--eval_interval=100']
+    toy_teacher()
     expected = go('whole', *args, '--max_iters=8')
     go('a', *args, '--max_iters=4')
     torch.save(as_format_1(checkpoint.load('a/ckpt.pt')), 'a/ckpt.pt')

@@ -22,7 +22,9 @@ BASE = dict(vocab_size=V, block_size=L, hidden=16, num_layers=1, num_heads=2, co
 LADD = dict(method='ladd', num_latents=2, latent_dim=4, encoder_layers=1, stage1_iters=2)
 METHODS = {
     'mdlm': dict(method='mdlm', dropout=0.1),
-    'ar': dict(method='ar'),
+    **{name: dict(method=name) for name in ('ar', 'flm', 'candi', 'ssmd')},
+    'duo': dict(method='duo', curriculum_iters=3),
+    'duo_distilled': dict(method='duo_distilled', round_iters=3),
     'vadd': dict(method='vadd', encoder_layers=1, kl_warmup=4),
     'cadd': dict(method='cadd'),
     'geometric': dict(method='mdlm', schedule='geometric'),

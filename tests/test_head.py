@@ -129,7 +129,8 @@ class Shapes(TorchDispatchMode):
         return max(map(math.prod, self.shapes))
 
 
-@pytest.mark.parametrize('method', ['mdlm', 'ar', 'flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd'])
+@pytest.mark.parametrize('method', ['mdlm', 'ar', 'flm', 'duo', 'duo_distilled', 'candi', 'vadd', 'cadd',
+                                    'ssmd'])
 def test_logits_of_all_positions_never_exist(method, monkeypatch):
     chunks(monkeypatch, 10, 10)
     m = build(dict(method=method, vocab_size=2000, block_size=L, hidden=4, num_layers=1, num_heads=2,
@@ -213,7 +214,8 @@ def compiled_steps(m, steps, backend='eager'):
 
 
 @pytest.mark.parametrize('config', [{}, dict(schedule='polynomial'), dict(method='ar'), dict(method='flm'),
-                                    dict(method='duo'), dict(method='vadd', kl_warmup=3), dict(method='cadd'),
+                                    dict(method='duo'), dict(method='duo_distilled', round_iters=2),
+                                    dict(method='vadd', kl_warmup=3), dict(method='cadd'),
                                     dict(method='candi'), dict(method='ssmd'),
                                     dict(CO_LADD, p_drop=0.1), DI_LADD], ids=str)
 def test_one_graph_for_all_steps(config):
@@ -262,7 +264,7 @@ def test_the_full_head_of_the_benchmark_is_the_same_function(config, monkeypatch
     """Of every method, and from the logits of all positions."""
     m, (x, noise) = make(**config), data()
     chunks(monkeypatch, 10, 10)
-    for module, name in ((model, 'HeadCrossEntropy'), (mdlm, 'masked_rows')):
+    for module, name in ((model, 'head_loss'), (mdlm, 'masked_rows')):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     losses, grads, all_logits = [], [], []
     for _ in range(2):

@@ -224,6 +224,7 @@ def test_costs_of_a_training_step():
     d = 16
     for name in ('ar', 'flm', 'duo'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L * d * V)
+    assert make('duo_distilled').training_flops(L) == 8 * (of_dit(L) + L * d * V)  # with its teacher
     for name in ('mdlm', 'cadd', 'candi'):
         assert make(name).training_flops(L) == 6 * (of_dit(L) + L / 2 * d * V)
     assert make('vadd').training_flops(L) == 6 * (2 * of_dit(L) + L / 2 * d * V)  # with its recognition
@@ -435,7 +436,7 @@ def test_later_micro_batches_need_no_new_graph(name):
 SIZES = dict(block_size=L, hidden=16, num_layers=1, num_heads=2, cond_dim=8, encoder_layers=1, num_latents=2,
              latent_dim=4, codebook_size=5, latent_layers=1, decoder_layers=1, stage1_iters=4, vq_start=2,
              adaptive_bins=4, adaptive_every=3, encoder_warmup=6, stage3_start=6, curriculum_iters=4, z_dim=4,
-             kl_warmup=4, hint_dim=4)
+             kl_warmup=4, hint_dim=4, round_iters=3)
 # settings that the configs describe beside the one that they set
 LADD_SETTINGS = {
     'stored': 'text_co_ladd --stored_latents=True --encoder_dropout=False',
