@@ -11,7 +11,7 @@ from helpers import close, generator, scrambled, whole
 from baselines import cadd
 from baselines.cadd import CADD, Config, move
 from mdlm import MDLM, time_grid
-from sawtooth import exact_draw, swd
+from sawtooth import Exact, exact_draw, swd
 
 TINY = dict(vocab_size=5, block_size=6, hidden=16, num_layers=1, num_heads=2, cond_dim=8)
 
@@ -56,6 +56,16 @@ def test_what_they_are_of_cannot_grow():
         torch.testing.assert_close(method.w().square().mean(dim=0), torch.ones(16))
     w = CADD(Config(2, 6, hint_dim=1, hidden=4, num_layers=1, num_heads=1, cond_dim=4)).w()
     torch.testing.assert_close(w.sort(dim=0).values, torch.tensor([[-1.0], [1.0]]))
+
+
+@pytest.mark.parametrize('dim, low, high', [(768, 0.99, 1), (192, 0.2, 0.42), (16, 0, 0.01)])
+def test_hints_of_many_dimensions_give_tokens_away(dim, low, high):
+    """How often the likeliest of 5,000 words is the right one at t = .95: hence a small hint_dim."""
+    torch.manual_seed(0)
+    w = CADD(Config(5000, 6, hint_dim=dim, hidden=4, num_layers=1, num_heads=1, cond_dim=4)).w().detach()
+    z = 0.05**0.5 * w[:400] + 0.95**0.5 * torch.randn(400, dim)
+    likeliest = (0.05**0.5 * z @ w.T - 0.05 / 2 * w.square().sum(dim=1)).argmax(dim=1)
+    assert low <= float((likeliest == torch.arange(400)).double().mean()) <= high
 
 
 def test_a_step_keeps_the_law_of_the_hints():
@@ -138,3 +148,18 @@ def test_the_loss_is_below_the_entropy_and_the_bound_is_it(L, p, loss):
 def test_exact_cadd_is_no_better_than_exact_mdlm(steps, mean, sd):
     """MDLM's are .0495 and .0333: one step is the same, and in two the hints lead astray."""
     assert abs(swd(exact_draw('CADD', 20480, steps), draws=1) - mean) < 4 * sd
+
+
+@pytest.mark.parametrize('ties, low, high', [('to one word', 0.1, 0.25), ('at random', 0.03, 0.06)])
+def test_hard_hints_of_exact_ties(ties, low, high):
+    """At first both words are as likely. If the argmax is then always the same, hints tell a false text."""
+    exact, n, g = Exact(64), 4096, generator()
+
+    def denoise(x, z, alpha_t):
+        hints = torch.tanh(float(alpha_t) ** 0.5 * z[..., 0] / (1 - float(alpha_t)))
+        p = exact.predict(torch.where(x == 2, hints, 2.0 * x - 1))
+        coin = torch.rand(p.shape, generator=g) < 0.5 if ties == 'at random' else torch.tensor(False)
+        likeliest = torch.where((p - 0.5).abs() < 1e-5, coin, p > 0.5)
+        return (torch.rand(p.shape, generator=g) < p).long(), (2.0 * likeliest - 1)[..., None]
+    x, z = torch.full((n, 128), 2), torch.randn(n, 128, 1, generator=g)
+    assert low < swd(cadd.hinted(denoise, x, z, 1 - time_grid(2), 2, g), draws=1) < high

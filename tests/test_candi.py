@@ -126,14 +126,15 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(r, prior):
     assert close(nats - kl, 0) and float((nats - kl).std()) / n**0.5 < 0.02
 
 
-def test_the_loss_alone_is_no_bound(monkeypatch):
+@pytest.mark.parametrize('r, loss', [(PUBLISHED, 0.443), (NO_HINT, 1.106)])
+def test_the_loss_alone_is_no_bound(r, loss, monkeypatch):
     """.443 where the entropy is 1.106, with the published noise: hints are not paid for."""
-    toy, n = Toy(), 2**14
+    toy, n = Toy(r), 2**14
     x, log_p = toy.draw(n)
     assert float(-log_p.mean()) == pytest.approx(1.106, abs=0.02)
     monkeypatch.setattr(candi, 'squared_error', lambda head, h, targets: torch.zeros(len(targets)))
-    prior = 2 / (2 * sigma(torch.tensor(1.0), *PUBLISHED)[0] ** 2)
-    assert close(toy.method().nll(x, whole(n)) - prior, 0.443)
+    prior = 2 / (2 * sigma(torch.tensor(1.0), *r)[0] ** 2)
+    assert close(toy.method().nll(x, whole(n)) - prior, loss)
 
 
 def test_one_step_after_the_other():
@@ -163,6 +164,18 @@ def test_the_sampler_finds_the_law_of_two_tokens(sampler):
     wide = [distance(WIDE, steps) for steps in (1, 4, 16, 32)]
     assert wide == sorted(wide, reverse=True) and wide[2] < 0.03 and wide[3] < 0.015
     assert 0.012 < distance(PUBLISHED, 64) < 0.03
+
+
+def test_from_the_right_start_the_sampler_finds_the_law():
+    """Also with the published noise, if hints begin as those of texts do."""
+    toy, n, ts = Toy(), 20_000, time_grid(64)
+    method, sigmas = toy.method(), sigma(ts, *PUBLISHED)[0]
+    y = F.one_hot(toy.draw(n)[0], 2) + sigmas[0].float() * torch.randn(n, 2, 2, generator=generator())
+
+    def denoise(x, y, t):
+        return method.denoise(x, y, t, 'drawn', 1.0, 1.0, generator())
+    x = hinted(denoise, torch.full((n, 2), 2), y, ts, alpha(ts), sigmas, 2, generator())
+    assert toy.distance(x) < 0.01
 
 
 def test_a_step_in_sigma_is_better_than_one_in_its_square(monkeypatch):

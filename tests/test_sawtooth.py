@@ -18,7 +18,7 @@ from helpers import generator, whole
 
 import sawtooth
 import train
-from ladd import LADD, code_step, joint
+from ladd import LADD, abar, code_step, ddim_step, joint
 from lib import plot
 from lib.configurator import UserError
 from lib.files import append
@@ -236,6 +236,22 @@ def test_exact_joint_ladd(steps, mean, sd):
     x = joint(Exact(128).joint_denoise, all_masked(), torch.full((N, 1), 128), steps, alpha(time_grid(steps)),
               lambda z, logits, t, s: code_step(z, logits, t, s, generator=g), MASK, generator=g)
     assert abs(swd(x, draws=1) - mean) < 4 * sd
+
+
+def test_exact_co_ladd_with_a_latent_for_each_token():
+    """CCDD-like: 128 latents, all of which are the shift, a place on a circle. Two steps are no better."""
+    exact, g, places = Exact(64), generator(), torch.arange(64) * torch.pi / 32
+    circle = torch.stack((places.cos(), places.sin()), dim=1)
+
+    def denoise(x, z, t, where):
+        a = abar(t, 'vp_linear').float()
+        evidence = a / (1 - a**2) * z.sum(dim=1) @ circle.T
+        posterior = (exact.log_likelihood(x) + evidence).softmax(dim=1)
+        p1 = (posterior @ exact.p)[where]
+        return torch.stack((1 - p1, p1), dim=1).log(), (posterior @ circle)[:, None].expand(z.shape)
+    x = joint(denoise, all_masked(), torch.randn(N, 128, 2, generator=g), 2, alpha(time_grid(2)),
+              lambda z, z_0, t, s: ddim_step(z, z_0, t, s, 'vp_linear').float(), MASK, generator=g)
+    assert abs(swd(x, draws=1) - 0.0354) < 4 * 0.0008
 
 
 def test_exact_sequential_ladd_needs_one_step():

@@ -155,6 +155,14 @@ def test_exact_networks_on_sawtooth(monkeypatch):
     assert close(Exact().nll(x) / 128, 0.5303)
 
 
+def test_one_draft_on_sawtooth(monkeypatch):
+    """30.6 passes of the causal block for each text on average, until nothing is refused."""
+    monkeypatch.setattr(Exact, 'after', Exact.after)  # restored after the test
+    n, passes = 256, spy(Exact, 'after')
+    exact_draw('SSMD', n, 1)
+    assert abs(sum(len(args[1]) for args, _ in passes) / n - 30.6) < 4.5 * 6 / n**0.5
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the network
 

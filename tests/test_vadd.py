@@ -183,6 +183,24 @@ def test_the_bound_of_the_perfect_network_is_the_entropy(T):
     assert abs(float(nats.mean())) < 4.5 * float(nats.std()) / n**0.5 + 1e-6 < 0.02
 
 
+class NoShift(Shift):
+    """The perfect MDLM: z says nothing."""
+
+    def recognise(self, x_s, revealed, noise):
+        return None, torch.zeros(len(x_s))
+
+    def states(self, x_t, z):
+        p = self.exact.predict(torch.where(x_t == 2, 0, 2.0 * x_t - 1))
+        return torch.stack((1 - p, p), dim=-1).log()
+
+
+@pytest.mark.parametrize('T, bound', [(1, 0.6931), (2, 0.6047), (4, 0.5651), (8, 0.5453)])
+def test_the_bound_of_the_perfect_mdlm_pays_for_its_steps(T, bound):
+    x, n = Sawtooth().batch(0, 0, torch.arange(2048))[0], 2048
+    nats = NoShift(bound_steps=T).nll(x, whole(n)).double() / 128
+    assert abs(float(nats.mean()) - bound) < 4.5 * float(nats.std()) / n**0.5 + 1e-4 < 0.02
+
+
 def test_the_loss_of_the_perfect_network_is_below_the_entropy():
     """.5167 +- .0014 nats per token, by another program."""
     n, method = 8192, Shift(weighting='elbo')
