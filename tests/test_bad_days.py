@@ -510,7 +510,8 @@ def test_arguments_of_any_text():
 
 
 EVERY_PART = {  # each method with all of its parts
-    'mdlm': [], 'ar': ['--method=ar'], 'di': TWO_STAGES, 'ldlm': TOY_METHODS['ldlm'],
+    'mdlm': [], 'ar': ['--method=ar'], 'di': TWO_STAGES,
+    **{name: TOY_METHODS[name] for name in ('ldlm', 'flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd')},
     'co': ['--method=ladd', '--latent_layers=1', '--encoder_layers=1', '--num_latents=2', '--latent_dim=4',
            '--stage1_iters=1']}
 
@@ -522,7 +523,8 @@ def test_any_key_of_any_method():
            'linear', 'nan', '-1e300']
     # their sizes are the machine's limit, not ours
     big = {'hidden', 'num_layers', 'num_heads', 'cond_dim', 'num_latents', 'latent_dim', 'codebook_size',
-           'encoder_layers', 'latent_layers', 'decoder_layers', 'adaptive_bins', 'batch_size', 'max_iters'}
+           'encoder_layers', 'latent_layers', 'decoder_layers', 'adaptive_bins', 'batch_size', 'max_iters',
+           'z_dim', 'hint_dim'}
     others = {'out_dir', 'init_from', 'wandb', 'compile', 'device', 'method', 'encoder', 'token_encoder'}
     for _ in range(400):
         name = rng.choice(list(EVERY_PART))
@@ -551,7 +553,7 @@ def test_prompts_of_any_text():
 
 
 def test_prompts_on_the_command_line():
-    names = ['mdlm', 'ar', 'co']
+    names = ['mdlm', 'ar', 'co', 'duo', 'candi', 'vadd', 'ssmd']
     for name in names:
         make(name, 'out/' + name)
     rng, refused = random.Random(0), 0

@@ -67,6 +67,13 @@ def test_it_prints_what_it_promises(name):
         assert cells[-1].endswith('x') == ('sampling' not in key or method == 'mdlm')
 
 
+@pytest.mark.parametrize('name', ['flm', 'duo', 'duo_distilled', 'candi', 'vadd', 'cadd', 'ssmd'])
+def test_every_method_has_its_numbers(name, capsys):
+    result = measure(capsys, *RANDOM, f'--method={name}', '--num_samples=1')
+    assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling joint'}
+    assert all(v > 0 for v in result.values())
+
+
 def test_a_variant_is_a_dict_of_numbers():
     result = json.loads(go(*RANDOM, '--variant=eager').stdout)
     assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling joint'}

@@ -59,7 +59,7 @@ def test_samples_are_a_function_of_the_seed(name):
 # prompts
 
 VARIANTS = [('mdlm', {}), ('mdlm', {'sampler': 'first_hitting'}), ('mdlm', {'sampler': 'remdm', 'eta': 1.0}),
-            ('vadd', {}), ('vadd', {'sampler': 'fixed_z'}), ('cadd', {}),
+            ('vadd', {}), ('vadd', {'sampler': 'fixed_z'}), ('cadd', {}), ('candi', {}), ('ssmd', {}),
             ('co', {}), ('co', {'strategy': 'seq'}), ('di', {'strategy': 'joint', 'sampler': 'remdm'}),
             ('di', {'strategy': 'seq', 'sampler': 'first_hitting'})]
 
