@@ -683,7 +683,7 @@ class Encoder(nn.Module):
 
 
 class FrozenEncoder(nn.Module):
-    """Pretrained: its states, pooled to M and cut to their first D coordinates. M = L is as in CCDD.
+    """Pretrained: its states, pooled to M and cut to their first D coordinates. M = L is CCDD-like.
 
     A module without weights: the encoder is attached when there is text to encode, and is no submodule.
     So no checkpoint holds it, no optimizer or .train() reaches it, and sampling does without it.

@@ -10,7 +10,7 @@ has to be downloaded.
 
 The states of that model were never meant to be read by their first 32 coordinates, as those of
 Qwen3-Embedding are; the question here is what LADD can do with so simple an encoder. One latent per character
-(--num_latents=128) would be the setting of CCDD.
+(--num_latents=128) would be CCDD-like.
 """
 dataset = 'shakespeare_char'
 method = 'ladd'
