@@ -48,6 +48,7 @@ from model import Block, head_logits, head_nll
 
 AHEAD = 16  # places that one pass of the causal block verifies, when many passes are made
 
+
 def along(h, order):
     """States (n, L, d) of positions -> the same along order (n, L)."""
     return h.gather(1, order[..., None].expand_as(h))
@@ -77,7 +78,7 @@ def draw_residual(probs, h, g, generator=None):
     return torch.cat(parts)
 
 
-def verify(y, h, i, end, order, causal, probs, a=0, cache=None, generator=None):
+def verify(y, h, i, end, order, causal, probs, a, cache, generator=None):
     """Drafts the places i ... end - 1, and one pass of the causal block -> y, how far it is filled (n,).
 
     a, cache: no i is less than a, and the places before it are in the cache
@@ -97,8 +98,8 @@ def verify(y, h, i, end, order, causal, probs, a=0, cache=None, generator=None):
 
 
 def fill(y, h, i, end, order, causal, probs, ahead, passes, generator=None):
-    """Drafts and verifies the places i ... end - 1, `ahead` of them after another, with so many passes for
-    each part at most -> y, how far it is filled (n,).
+    """Drafts and verifies the places i ... end - 1, in parts of `ahead` places, with at most so many passes
+    for each -> y, how far it is filled (n,).
     """
     cache, known = [], 0
     for a in range(int(i.min()), int(end.max()), ahead):
