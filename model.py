@@ -33,14 +33,16 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, causal):
-    """softmax(q k^T / sqrt(head_dim)) v, each (B, H, S, head_dim)."""
+    """softmax(q k^T / sqrt(head_dim)) v, each (B, H, S, head_dim); causal: the last query sees all keys."""
+    past = k.shape[2] - q.shape[2]
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
         # PyTorch's fused kernel is slow here; at S = 128 this takes a third to a fifth of its time
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
         if causal:
-            scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
+            scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1 + past)
         return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    visible = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past) if causal and past else None
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and not past)
 
 
 def modulate(x, shift, scale):
@@ -97,10 +99,11 @@ class Block(nn.Module):
         qkv = qkv.view(B, -1, 3, self.num_heads, d // self.num_heads)                  # (B, S, 3, H, d / H)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))                               # (.., B, H, S, d / H)
         (q, k), (v,) = rotate(qk, cos, sin), v
-        if cache is not None:  # (k, v) of earlier positions, for sampling token by token
+        if cache:  # k and v of earlier positions, for sampling from left to right
             k, v = (torch.cat((old, new), dim=2) for old, new in zip(cache, (k, v)))
+        if cache is not None:
             cache[:] = k, v
-        y = attend(q, k, v, causal=self.causal and q.shape[2] == k.shape[2])           # (B, H, S, d / H)
+        y = attend(q, k, v, causal=self.causal and q.shape[2] > 1)                     # (B, H, S, d / H)
         ys = y.transpose(1, 2).reshape(B, -1, d).split([x.shape[1] for x in xs], dim=1)
 
         out = []
@@ -138,14 +141,14 @@ class DiT(nn.Module):
         """xs: per modality (B, S_i, d) -> hidden states, one (B, S_i, d) per modality.
 
         t: per modality times (B,), or None for a constant 0
-        caches: one list [k, v] per block, each (B, H, positions so far, d / H), grown in place
+        caches: one list per block, [] at first, then [k, v], each (B, H, positions so far, d / H)
         depth: stop after that many blocks, without the last norm (of one modality)
         """
         S = sum(x.shape[1] for x in xs)
         ts = t or [None] * len(xs)
         # a constant time makes one conditioning vector for the whole batch: (1, cond_dim)
         cs = [embed(xs[0].new_zeros(1) if t is None else t) for embed, t in zip(self.time, ts)]
-        start = caches[0][0].shape[2] if caches else 0
+        start = caches[0][0].shape[2] if caches and caches[0] else 0
         cos, sin = self.cos[start:start + S], self.sin[start:start + S]
         for i, block in enumerate(self.blocks[:depth]):
             xs = block(xs, cs, cos, sin, caches[i] if caches else None)

@@ -104,12 +104,15 @@ class Exact:
         p1 = (self.log_likelihood(x_t).softmax(dim=1) @ self.p)[where]
         return torch.stack((1 - p1, p1), dim=1).log()
 
-    def after(self, x, order):
-        """p(x_d = 1 | the tokens before d that are visible), for all d: x, and order, its places, (n, L)."""
+    def after(self, x, order, a=0):
+        """p(x_d = 1 | the tokens before d that are visible), for d >= a: x, and order, its places, (n, L)."""
         parts = []
         for y, places in zip(x.split(256), order.split(256)):
+            x_t = torch.full((len(y), L), 2).scatter_(1, places[:, :a], y[:, :a])
+            y, places = y[:, a:], places[:, a:]
             log_p = (y == 1)[..., None] * self.log_ratio[places] + (y != 2)[..., None] * self.log_p0[places]
-            posterior = (log_p.cumsum(dim=1) - log_p).softmax(dim=2)                   # (n, L, P)
+            before = self.log_likelihood(x_t)[:, None] + log_p.cumsum(dim=1) - log_p
+            posterior = before.softmax(dim=2)                                          # (n, L - a, P)
             parts.append((posterior * self.p.T[places]).sum(dim=2))
         return torch.cat(parts)
 
@@ -304,8 +307,8 @@ def exact_ssmd(exact, n, steps, g):
     def backbone(x_t):
         return exact.denoise(x_t, torch.ones_like(x_t, dtype=torch.bool)).exp().view(*x_t.shape, 2)
 
-    def causal(y, h, order):
-        p = exact.after(y, order)
+    def causal(y, h, order, a, cache):
+        p = exact.after(y, order, a)
         return torch.stack((1 - p, p), dim=2)
 
     def probs(states):

@@ -106,8 +106,7 @@ class AR(Method):
         """
         c, given = self.config, x != self.mask_id
         x_0 = torch.cat((torch.full_like(x[:, :1], self.mask_id), x), dim=1)  # start, then the text
-        nothing = self.head.weight.new_empty(len(x), c.num_heads, 0, c.hidden // c.num_heads)
-        caches, past = [[nothing, nothing] for _ in range(c.num_layers)], 0
+        caches, past = [[] for _ in range(c.num_layers)], 0
         for i in range(int(given.cumprod(dim=1).sum(dim=1).min()), c.block_size):
             # the prompt at once, then one position at a time
             h = self.dit(self.embed(x_0[:, past:i + 1]), caches=caches)

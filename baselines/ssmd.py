@@ -42,8 +42,12 @@ from model import Block, head_logits, head_nll
 # ------------------------------------------------------------------------------------------------------------
 # samplers: pure functions. Here y (n, L) and h (n, L, d) are along the order, and x in the order of the text
 #
-#   backbone(x_t) -> h (n, L, d), of x_t          causal(y, h, order) -> states (n, L, d), along the order
+#   backbone(x_t) -> h (n, L, d), of x_t
+#   causal(y, h, order, a, cache) -> states (n, L - a, d) along the order, from place a on
 #   probs(states (R, d)) -> pairs of a slice of the rows and their probabilities (rows, V), fp64
+
+AHEAD = 16  # places that one pass of the causal block verifies, when many passes are made
+
 
 def along(h, order):
     """States (n, L, d) of positions -> the same along order (n, L)."""
@@ -74,43 +78,62 @@ def draw_residual(probs, h, g, generator=None):
     return torch.cat(parts)
 
 
-def verify(y, h, i, end, order, causal, probs, generator=None):
-    """Drafts the places i ... end - 1, and one pass of the causal block -> y, how far it is filled (n,)."""
+def verify(y, h, i, end, order, causal, probs, a, cache, generator=None):
+    """Drafts the places i ... end - 1, and one pass of the causal block -> y, how far it is filled (n,).
+
+    a, cache: no i is less than a, and the places before it are in the cache
+    """
     rank, y = torch.arange(y.shape[1], device=y.device), y.clone()
     unfilled = (rank >= i[:, None]) & (rank < end[:, None])
     y[unfilled], p = with_probability(probs, h[unfilled], generator=generator)
-    g = causal(y, h, order)
-    _, q = with_probability(probs, g[unfilled], y[unfilled])
+    g = causal(y, h, order, a, cache)
+    _, q = with_probability(probs, g[unfilled[:, a:]], y[unfilled])
     refused = torch.zeros_like(unfilled)
     refused[unfilled] = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator) >= q / p
     stopped, first = refused.any(dim=1), refused.int().argmax(dim=1)
-    here = stopped.nonzero()[:, 0], first[stopped]
+    rows, places = stopped.nonzero()[:, 0], first[stopped]
     if stopped.any():
-        y[here] = draw_residual(probs, h[here], g[here], generator)
+        y[rows, places] = draw_residual(probs, h[rows, places], g[rows, places - a], generator)
     return y, torch.where(stopped, first + 1, end)
 
 
+def fill(y, h, i, end, order, causal, probs, ahead, passes, generator=None):
+    """Drafts and verifies the places i ... end - 1, in parts of `ahead` places, with at most so many passes
+    for each -> y, how far it is filled (n,).
+    """
+    cache, known = [], 0
+    for a in range(int(i.min()), int(end.max()), ahead):
+        if a:
+            causal(y[:, :a], h[:, :a], order[:, :a], known, cache)  # takes these places into the cache
+        known, part, stop = a, slice(a + ahead), end.clamp(max=a + ahead)
+        for _ in range(passes):
+            if not len(live := (i < stop).nonzero()[:, 0]):
+                break
+            y[live, part], i[live] = verify(y[live, part], h[live, part], i[live], stop[live],
+                                            order[live, part], causal, probs, a,
+                                            [past[live] for past in cache], generator)
+    return y, i
+
+
 def speculate(backbone, causal, probs, x, order, mask_id, steps=None, verifications=1, generator=None,
-              callback=None):
+              callback=None, ahead=AHEAD):
     """Fills the [mask]s of x (n, L), which come last in order (n, L), with `verifications` passes of the
     causal block on every call of the backbone.
 
-    steps: calls, each of which fills an equal part, with as many passes as it takes; None: as many calls as
-    it takes
+    steps: calls, each of which fills an equal part, with as many passes as it takes; each is over `ahead`
+    places, since what comes after the first refusal is computed in vain. None: as many calls as it takes
     """
     L, y = x.shape[1], x.gather(1, order)
     start = (y != mask_id).sum(dim=1)
     i = start.clone()  # how many are visible
+    ahead, passes = (ahead, ahead) if steps else (L, verifications)
     for call in range(steps) if steps else itertools.count():
         end = L - (L - start) * (steps - 1 - call) // steps if steps else torch.full_like(start, L)
         live = (i < end).nonzero()[:, 0]
         if len(live):
             h = along(backbone(masked_after(y[live], i[live], order[live], mask_id)), order[live])
-        passes = 0
-        while len(live) and (steps or passes < verifications):
-            y[live], i[live] = verify(y[live], h, i[live], end[live], order[live], causal, probs, generator)
-            again = i[live] < end[live]
-            live, h, passes = live[again], h[again], passes + 1
+            y[live], i[live] = fill(y[live], h, i[live], end[live], order[live], causal, probs, ahead, passes,
+                                    generator)
         if callback:
             callback(call, masked_after(y, i, order, mask_id), None)
         if (i == L).all():
@@ -134,20 +157,20 @@ class SSMD(MDLM):
         nn.init.zeros_(self.block.modalities[0].ada.weight)
         nn.init.zeros_(self.block.modalities[0].ada.bias)
 
-    def causal(self, y, h, order):
-        """The target's states: (b, L), (b, L, d), (b, L) -> (b, L, d), all along the order.
+    def causal(self, y, h, order, a=0, cache=None):
+        """The target's states: (b, L), (b, L, d), (b, L) -> (b, L - a, d), all along the order.
 
         A place reads the token before it, the states there and its own. The first one has [mask] before it,
         at its own place. In attention a query stands where its token will be, and a key where it was read:
-        so RoPE tells how far apart the two are.
+        so RoPE tells how far apart the two are. cache: keys and values of the first `a` places; it grows.
         """
-        def before(z, first):
-            return torch.cat((first, z[:, :-1]), dim=1)
-        token = self.embed(before(y, torch.full_like(y[:, :1], self.mask_id)))
-        e = self.mix(torch.cat((token, before(h, h[:, :1]), h), dim=-1))
-        places = torch.stack((order, before(order, order[:, :1])))                     # of queries, of keys
+        here = torch.arange(a, y.shape[1], device=y.device)
+        before = (here - 1).clamp(min=0)
+        token = self.embed(y[:, before].masked_fill(here == 0, self.mask_id))
+        e = self.mix(torch.cat((token, h[:, before], h[:, here]), dim=-1))
+        places = torch.stack((order[:, here], order[:, before]))                       # of queries, of keys
         cos, sin = (table[places][:, :, None] for table in (self.dit.cos, self.dit.sin))  # (2, b, 1, L, ..)
-        return h + self.block([e], [self.dit.time[0](e.new_zeros(1))], cos, sin)[0]
+        return h[:, here] + self.block([e], [self.dit.time[0](e.new_zeros(1))], cos, sin, cache)[0]
 
     def backbone(self, x_t):
         return self.dit(self.embed(x_t))
@@ -214,9 +237,12 @@ class SSMD(MDLM):
         return None if sampler == 'speculative' else steps
 
     def sampling_flops(self, L, steps, sampler='', **options):
-        """At most: every pass of the causal block fills one place or more, and every call makes one."""
-        calls = L if sampler == 'speculative' else steps
-        return calls * self.flops(L) + L * self.causal_flops(L)
+        """At most: every pass of the causal block fills one place or more, and every call makes one.
+
+        Windowed, a pass sees AHEAD places, and every call takes all of them into the cache once.
+        """
+        calls, passes = (L, L) if sampler == 'speculative' else (steps, min(AHEAD, L) + steps)
+        return calls * self.flops(L) + passes * self.causal_flops(L)
 
     def training_flops(self, L):
         """The head sees L / 2 positions twice."""

@@ -169,10 +169,11 @@ def test_costs_of_ar():
 
 
 def test_costs_of_ssmd():
-    """At most: a pass of the causal block for each token, and, without `steps`, a call as well."""
+    """At most: a pass of the causal block for each token (there are fewer than a pass sees at once), one for
+    each call's cache, and, without `steps`, a call for each token."""
     method, block = make('ssmd'), of_dit(L) + L * 3 * 16 * 16
     assert method.denoiser_calls(5) == 5 == calls_of(method, 5)
-    assert method.sampling_flops(L, 5) == 5 * of_dit(L) + L * block
+    assert method.sampling_flops(L, 5) == 5 * of_dit(L) + (L + 5) * block
     assert method.sampling_flops(L, 5, sampler='speculative') == L * (of_dit(L) + block)
 
 

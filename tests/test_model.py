@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import scrambled
 
 import model
-from model import DiT, head_cross_entropy, head_nll, rope_table, rotate
+from model import DiT, attend, head_cross_entropy, head_nll, rope_table, rotate
 
 
 def scrambled_dit(*args, **kwargs):
@@ -147,6 +147,14 @@ def test_caches_give_the_full_causal_pass(prefill):
     h = [net(x[:, :prefill], caches=caches)] if prefill else []
     h += [net(x[:, i:i + 1], caches=caches) for i in range(prefill, 10)]
     torch.testing.assert_close(torch.cat(h, dim=1), net(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_last_queries_attend_as_among_all(dtype):
+    """As with a cache: keys of earlier positions, without their queries."""
+    q, k, v = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    last = attend(q[:, :, 3:], k, v, causal=True)
+    torch.testing.assert_close(last, attend(q, k, v, causal=True)[:, :, 3:])
 
 
 def test_causal_positions_do_not_see_ahead():

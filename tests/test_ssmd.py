@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import chi_square, close, generator, make, spy, whole
 
-from baselines.ssmd import SSMD, along, masked_after, speculate
+from baselines.ssmd import AHEAD, SSMD, along, masked_after, speculate
 from sawtooth import Exact, exact_draw
 
 V, L = 3, 3
@@ -86,12 +86,13 @@ def test_samples_follow_the_law(order):
 
 
 def test_one_draft_verified_until_done_has_the_law_of_the_targets():
-    """Then the tokens are those of a little autoregressive model, with one call or several."""
+    """Then the tokens are those of a little autoregressive model, with one call or several, and however many
+    places a pass sees."""
     _, q = networks(tiny(), ORDERS[3])
     by_steps = {1: q[:, 0].prod(dim=1), 3: q.diagonal(dim1=1, dim2=2).prod(dim=1),
                 2: q[:, 0, :2].prod(dim=1) * q[:, 2, 2]}  # two places, then the last one
-    for options, expected in ((dict(steps=1), 1), (dict(steps=2), 2), (dict(steps=3), 3),
-                              (dict(verifications=L), 1)):
+    for options, expected in ((dict(steps=1), 1), (dict(steps=1, ahead=1), 1), (dict(steps=1, ahead=2), 1),
+                              (dict(steps=2), 2), (dict(steps=3), 3), (dict(verifications=L), 1)):
         counts, calls = draws(tiny(), ORDERS[3], **options)
         assert chi_square(counts, by_steps[expected]) < 4.5 and calls == expected
 
@@ -120,9 +121,11 @@ class Toy:
 
     backbone = given
 
-    def causal(self, y, h, order):
-        rows = [along(self.given(masked_after(y, torch.full((len(y),), d), order, V)), order)[:, d]
-                for d in range(L)]
+    def causal(self, y, h, order, a=0, cache=None):
+        rows = []
+        for d in range(a, y.shape[1]):
+            x_t = torch.full((len(y), L), V).scatter_(1, order[:, :d], y[:, :d])
+            rows.append(self.given(x_t)[torch.arange(len(y)), order[:, d]])
         return torch.stack(rows, dim=1)
 
 
@@ -141,7 +144,7 @@ def test_exact_networks_have_the_law_of_the_data():
 
 def test_a_target_that_is_the_draft_needs_one_call():
     method = tiny()
-    method.causal = lambda y, h, order: h
+    method.causal = lambda y, h, order, a, cache: h[:, a:]
     assert draws(method, ORDERS[1], n=500)[1] == 1
 
 
@@ -176,6 +179,16 @@ def test_the_causal_block_is_causal_along_the_order():
         changed[:, d] = (y[:, d] + 1) % 9
         differs = (method.causal(changed, h, order) != before).any(dim=2)
         assert not differs[:, :d + 1].any() and differs[:, d + 1:].all()
+
+
+def test_the_cache_of_the_causal_block_changes_nothing():
+    """The first place alone, then three, and the rest at once."""
+    method, order = make('ssmd'), torch.rand(4, 12, generator=generator()).argsort(dim=1)
+    y, h = torch.randint(9, (4, 12), generator=generator()), torch.randn(4, 12, 16, generator=generator())
+    states, cache = [], []
+    for a, b in ((0, 1), (1, 4), (4, 12)):
+        states.append(method.causal(y[:, :b], h[:, :b], order[:, :b], a, cache))
+    torch.testing.assert_close(torch.cat(states, dim=1), method.causal(y, h, order), rtol=0, atol=1e-5)
 
 
 def test_the_distance_of_what_is_read_matters():
@@ -232,7 +245,16 @@ def test_windows_are_equal_parts():
     calls, passes = spy(method, 'backbone'), spy(method, 'causal')
     method.sample(4, 5, generator=generator(), callback=lambda i, x, z: seen.append(x != method.mask_id))
     assert torch.stack(seen).sum(dim=2).tolist() == [[n] * 4 for n in (3, 5, 8, 10, 12)]
-    assert len(calls) == 5 < len(passes) <= 12
+    taken_in = 4  # the calls after the first take what is filled into the cache
+    assert len(calls) == 5 < len(passes) - taken_in <= 12
+
+
+def test_a_pass_of_the_causal_block_sees_few_places():
+    """What comes after the first refusal is computed in vain, and what is filled is in the cache."""
+    method = make('ssmd', block_size=40)
+    passes = spy(method, 'causal')
+    method.sample(4, 1, generator=generator())
+    assert max(y.shape[1] - a for (y, h, order, a, cache), _ in passes) == AHEAD < 40 - AHEAD
 
 
 def test_likeliest_tokens():
