@@ -406,6 +406,11 @@ class LADD(mdlm.MDLM):
         """
         return self.dit(self.embed(x_t), self.z_in(z_t), t=[None, self.channel.time(t_z)])
 
+    def joint_denoise(self, x_t, z_t, t, where):
+        """The state (x_t, z_t) at one time t, a number, as `joint` wants it."""
+        h_x, h_z = self.hidden_states(x_t, self.channel.seen(z_t), t.float().expand(len(x_t)))
+        return self.head(h_x[where]), self.z_head(h_z)
+
     def predict_latent(self, z_t, t_z, x_t):
         """The first half of the sequential strategy: from vectors z_t alone, since x_t is all [mask]."""
         if not self.config.latent_layers:
@@ -563,15 +568,12 @@ class LADD(mdlm.MDLM):
 
     def sample_jointly(self, x, steps, sampler, temperature, top_p, eta=0.0, generator=None, callback=None):
         """LADD eq. (Joint)."""
-        def denoise(x_t, z_t, t, where):
-            h_x, h_z = self.hidden_states(x_t, self.channel.seen(z_t), t.float().expand(len(x)))
-            return self.head(h_x[where]), self.z_head(h_z)
-
         z_1 = self.channel.prior(len(x), x.device, generator)
         step = functools.partial(self.channel.step, generator=generator)
         draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
         alphas = alpha(time_grid(steps, x.device), self.config.schedule)
-        return joint(denoise, x, z_1, steps, alphas, step, self.mask_id, draw, eta, generator, callback)
+        return joint(self.joint_denoise, x, z_1, steps, alphas, step, self.mask_id, draw, eta, generator,
+                     callback)
 
     def sample_sequentially(self, x, z_0, steps, latent, latent_steps=0, generator=None, callback=None,
                             **options):
