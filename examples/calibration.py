@@ -29,7 +29,7 @@ TIMES = 1, 0.9999, 0.999, 0.99, 0.9, 0.5, 0  # of the latent, while all tokens a
 
 @dataclass
 class Config(Keys):
-    num_samples: int = key(4096, at_least=1)  # for each SWD
+    num_samples: int = key(4096, at_least=1)  # for each SWD; calibration is of 1,024 at most
 
 
 class Circle(Exact):
@@ -102,7 +102,7 @@ def predicted(model, x, z, t):
     return logits.float().softmax(dim=1)[:, 1].view(x.shape)
 
 
-def calibration(model, n=1024):
+def calibration(model, n):
     """For each of TIMES: entropy of the predictions, -log p of the texts, nats per token, |p - 1/2|, and the
     same of the mean over texts: above 0 if the predictions favour some shifts."""
     x, noise, found = Sawtooth('calibration').texts(n), Noise(0, 0, torch.arange(n), n), []
@@ -134,7 +134,7 @@ def sample(model, sampler, n, steps, batch=64):
     return torch.cat(texts), torch.cat(starts)
 
 
-def agreement(model, n=1024):
+def agreement(model, n):
     """Of the shift that the first step reads into noise with that of the tokens it draws: the mean cosine."""
     x, z_1 = sample(model, both_at_once, n, 1)
     return (shift(x) - shift(predicted(model, torch.full_like(x, MASK), z_1, 1))).cos().mean().item()
@@ -144,12 +144,12 @@ def agreement(model, n=1024):
 def report(name, model, n):
     def cells(values):
         return ['-' if v is None else f'{v:.4f}' for v in values]
-    rows = ('entropy of the token predictions', 'their -log p of the text', 'mean |p - 1/2|',
-            '|mean p - 1/2|')
-    print_table(name, [f't_z = {t}' for t in TIMES],
-                [[row, *cells(values)] for row, values in zip(rows, zip(*calibration(model)))], sys.stdout)
-    print(f'agreement of predicted and drawn shift in one step: {agreement(model):.2f}')
-    z_0 = model.channel.seen(model.latents_of(Sawtooth('calibration').texts(1024)))
+    few = min(n, 1024)
+    names = 'entropy of the token predictions', 'their -log p of the text', 'mean |p - 1/2|', '|mean p - 1/2|'
+    rows = [[row, *cells(values)] for row, values in zip(names, zip(*calibration(model, few)))]
+    print_table(name, [f't_z = {t}' for t in TIMES], rows, sys.stdout)
+    print(f'agreement of predicted and drawn shift in one step: {agreement(model, few):.2f}')
+    z_0 = model.channel.seen(model.latents_of(Sawtooth('calibration').texts(few)))
     length = z_0.norm(dim=-1)
     print(f'length of the latents: {length.mean():.2f} ± {length.std():.2f}\n', flush=True)
     calls, rows = (1, 2, 4, 8), []

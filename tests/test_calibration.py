@@ -73,9 +73,10 @@ def test_the_exact_answer_at_the_start_is_a_coin():
 def test_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make('co', 'out/x', dtype='float32', **TINY)
+    make('di', 'out/di', dtype='float32', **TINY)
     make('mdlm', 'out/mdlm', **TINY)
-    calibration.main(['out/x', '3', '--num_samples=8'])
+    calibration.main(['out/x', 'out/di', '3', '--num_samples=8'])
     out = capsys.readouterr().out
-    assert out.count('SWD from 8 samples') == 2 and 'exact, radius 3' in out
+    assert out.count('SWD from 8 samples') == 3 and 'exact, radius 3' in out
     for argv in ([], ['out/mdlm'], ['out/none']):
         fails(calibration, monkeypatch, capsys, *argv, keys=calibration.Config)

@@ -125,6 +125,8 @@ def shorten(script, argv):
         return argv
     if script == 'examples.figures':
         return [*argv, *['--steps=1', '--latent_steps=1'] * ('denoising' in argv)]
+    if script == 'examples.calibration':
+        return [*argv, '--num_samples=8']
     if script == 'bench.py':
         return [*shorten_train(argv, 'bench'), '--vocab_size=8', '--iters=1', '--steps=2', '--num_samples=1']
     raise LookupError(f'tests/test_docs.py does not know how to shorten {script}')
