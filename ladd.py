@@ -407,7 +407,7 @@ class LADD(mdlm.MDLM):
         return self.dit(self.embed(x_t), self.z_in(z_t), t=[None, self.channel.time(t_z)])
 
     def joint_denoise(self, x_t, z_t, t, where):
-        """The state (x_t, z_t) at one time t, a number, as `joint` wants it."""
+        """For `joint`, whose channels have one time t -> token logits (where.sum(), V), latent prediction."""
         h_x, h_z = self.hidden_states(x_t, self.channel.seen(z_t), t.float().expand(len(x_t)))
         return self.head(h_x[where]), self.z_head(h_z)
 
