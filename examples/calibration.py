@@ -4,8 +4,9 @@ Joint LADD on sawtooth: is its token denoiser calibrated, and does it sample bet
     python -m examples.calibration out/A out/B ...    runs of LADD; a number is the exact Co-LADD whose latent
                                                       is the shift, as a point on a circle of that radius
 
-For each of them: what the token predictions say and what they cost, by the latent's time; whether samples
-follow what the first step has read into pure noise; and SWD for three orders of the moves within a step.
+For each of them: what the token predictions say and what they cost, by the latent's time; whether the tokens
+of the first step follow what the network has read into pure noise; and the SWD of joint sampling and of what
+it might be instead. RESULTS.md has what came out ("joint sampling that reads its own noise").
 """
 import functools
 import math
