@@ -717,7 +717,7 @@ for i in range(20):
     what = day(rng.randrange(world), rng.randint(1, 4), rng.uniform(1e-4, 0.05), slow=slow)
     print(world, processes(world, [*args, '--out_dir=many'], day(0, 2, full=True) if i == 10 else what))
 print(processes(8, [*args, '--out_dir=many'], day()))
-""", timeout=1800)
+""", timeout=7200)
     assert r.returncode == 0, r.stderr
     days = [line for line in r.stdout.splitlines() if re.fullmatch(r'\d* ?\[.*\]', line)]
     print(*days, sep='\n')
