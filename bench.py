@@ -30,6 +30,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,9 +179,8 @@ def measure_sampling(method, c, device):
     for strategy in method.strategies:
         method.sample(n, all_steps[0], strategy)  # a warm-up, since the number of texts in a call varies
         for steps in all_steps:
-            def sample(strategy=strategy, steps=steps):
-                method.sample(n, steps, strategy)
-            result[f'sampling {strategy} {steps}'] = seconds(sample, device) / n
+            time_of_all = seconds(partial(method.sample, n, steps, strategy), device)
+            result[f'sampling {strategy} {steps}'] = time_of_all / n
     return result
 
 
