@@ -140,7 +140,7 @@ def test_torchrun():
     r = subprocess.run(torchrun, capture_output=True, text=True, timeout=600)
     lines = r.stdout.splitlines()
     assert r.returncode == 0 and lines[0].endswith('batch 4, bfloat16, 2 processes'), r.stderr
-    assert len(lines) == 7 and lines[3].startswith('training, tokens/s')
+    assert len(lines) == 8 and lines[3].startswith('training, tokens/s')
 
 
 def test_the_first_column_is_compiled_if_the_config_says_so(monkeypatch, capsys):
