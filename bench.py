@@ -5,6 +5,7 @@ Speed and memory of a config on this machine, and what the economical vocabulary
     python bench.py config/owt_mdlm.py --vocab_size=151669             random tokens: no data set needed
     python bench.py config/owt_di_ladd.py --vocab_size=151669 --stored_latents=True --stage1_iters=0   stage 2
     python bench.py config/owt.py --vocab_size=151669 --plan --gpu=H100 --network=400g
+    torchrun --standalone --nproc_per_node=2 bench.py config/NAME.py --vocab_size=50257 --block_size=1024
 
 A training step is train.py's own, on random tokens and random stored latents; a frozen encoder runs as in
 training. Everything is measured several times, each time in its own process: compiled (if the config says
@@ -17,7 +18,8 @@ LDLM adds its autoencoder and the forward pass of self-conditioning. This is the
 for all variants; embeddings, AdaLN and other encoders are left out. MFU is its share of the printed peak.
 
 --plan trains nothing: it prints what 1 to 64 GPUs should need by arithmetic (lib/plan.py), at an assumed MFU.
-It measures only how fast this machine reads tokens: 64 MB of them, which are in memory, on one core.
+It measures only how fast this machine reads tokens: 64 MB of them, which are in memory, on one core; and
+with --gpu=cpu the peak of this CPU.
 """
 import json
 import os
@@ -28,6 +30,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,8 +40,9 @@ import torch.nn.functional as F
 import mdlm
 import model
 import train
-from lib.configurator import MOST_STEPS, UserError, configure, key, run
+from lib.configurator import UserError, configure, key, numbers, run
 from lib.device import compile_in_place, device_name, pick_device
+from lib.distributed import connect, rank_and_world
 from lib.plan import ENCODERS, GPUS, NETWORKS, Job, table
 from lib.tokens import Tokens
 from methods import METHODS, attach_encoder, build
@@ -48,12 +52,12 @@ from methods import METHODS, attach_encoder, build
 class Config(train.Config):
     vocab_size: int = key(0, at_least=0)   # 0: that of the data set; otherwise no data set is opened
     iters: int = key(5, at_least=1)        # training steps that are timed; the median counts
-    steps: int = key(64, at_least=1, at_most=MOST_STEPS)  # of the sampler
+    steps: str = '64'                      # of the sampler, with commas
     num_samples: int = key(2, at_least=0)  # sequences sampled at once; 0: no sampling
     # compiled | eager | full: what to measure in this process; '': one process for each, and a table of them
     variant: str = key('', choices=('', 'compiled', 'eager', 'full'))
     plan: bool = False                     # no measurement, but what 1 to 64 GPUs should need: lib/plan.py
-    gpu: str = key('H100', choices=tuple(GPUS), only={'plan': True})
+    gpu: str = key('H100', choices=(*GPUS, 'cpu'), only={'plan': True})  # cpu: this machine's
     network: str = key('nvlink', choices=tuple(NETWORKS), only={'plan': True})  # between GPUs
     mfu: float = key(0.4, above=0, at_most=1, only={'plan': True})  # assumed
 
@@ -133,13 +137,16 @@ def peak_flops(device, dtype):
 
 
 def measure_training(method, c, device):
-    """Steps of train.py on one random batch -> {'gradient_memory', 'memory', 'tokens_per_s'}."""
+    """Steps of train.py on one random batch -> {'gradient_memory', 'memory', 'tokens_per_s'}.
+
+    tokens_per_s: of all processes together
+    """
     def texts(n):
         x, shape = torch.randint(c.vocab_size, (n, c.block_size), device=device), method.stored_latents
         if not shape:
             return [x]
         return [x, torch.randn(n, shape['num_latents'], shape['latent_dim'], device=device)]
-    batch = texts(c.batch_size)
+    batch = texts(c.batch_size // rank_and_world()[1])
 
     # first without AdamW's state and the averaged weights: memory of forward and backward alone
     trainer = train.Trainer(method, c, device)
@@ -156,26 +163,31 @@ def measure_training(method, c, device):
 
 
 def measure_sampling(method, c, device):
-    """-> {'sampling STRATEGY': seconds per sequence}. Of straightforward samplers there is only MDLM's."""
-    n, result = c.num_samples, {}
+    """-> {'sampling STRATEGY STEPS': seconds per sequence}.
+
+    Of straightforward samplers there is only MDLM's.
+    """
+    n, result, all_steps = c.num_samples, {}, numbers('steps', c.steps)
     if c.variant == 'full' and method.name == 'MDLM':
-        alphas, part = mdlm.alpha(mdlm.time_grid(c.steps, device), c.schedule), min(4, c.steps)
+        alphas, part = mdlm.alpha(mdlm.time_grid(max(all_steps), device), c.schedule), min(4, *all_steps)
         time_of_part = seconds(lambda: full_sample(method, method.all_masked(n), alphas, part), device)
-        return {'sampling joint': time_of_part / n * c.steps / part}
+        return {f'sampling joint {steps}': time_of_part / n * steps / part for steps in all_steps}
     if c.variant == 'full':
         return {}
     if c.variant == 'compiled' and device.type != 'cpu':
         compile_in_place(method.backbones(), device)
     for strategy in method.strategies:
-        def sample(strategy=strategy):
-            method.sample(n, c.steps, strategy)
-        sample()  # a warm-up, since the number of texts in a denoiser call varies
-        result[f'sampling {strategy}'] = seconds(sample, device) / n
+        method.sample(n, all_steps[0], strategy)  # a warm-up, since the number of texts in a call varies
+        for steps in all_steps:
+            time_of_all = seconds(partial(method.sample, n, steps, strategy), device)
+            result[f'sampling {strategy} {steps}'] = time_of_all / n
     return result
 
 
 def measure(c, config, device):
     """One variant -> dict of numbers."""
+    if rank_and_world()[1] > 1:
+        connect(device)
     torch.manual_seed(c.seed)
     method = build(config).to(device)
     if method.encoder_name and not method.stored_latents:
@@ -203,9 +215,10 @@ def in_its_own_process(argv, variant):
 def prepare(argv):
     """-> the flat config, with vocab_size and block_size, and the device."""
     config = configure(Config, argv, METHODS)
-    train.check_batch(SimpleNamespace(**config), 1)
+    train.check_batch(SimpleNamespace(**config), rank_and_world()[1])
     if config['vocab_size'] and not config['block_size']:
         raise UserError('random tokens (vocab_size) need a block_size, too')
+    numbers('steps', config['steps'])  # UserError for any other text
     if not config['vocab_size']:
         try:
             data = train.open_data(config['dataset'], 'train', config['block_size'])
@@ -224,8 +237,8 @@ def print_table(results, rows):
     names = ('full head' if variant == 'full' else variant for variant in results)
     print(f'{"":44}' + ''.join(f'{name:>12}' for name in names) + f'{"ratio":>10}')
     for label, name, scale in rows:
-        numbers = [result.get(name) for result in results.values()]
-        values = [None if number is None else scale * number for number in numbers]
+        values = [result.get(name) for result in results.values()]
+        values = [None if value is None else scale * value for value in values]
         there = [value for value in values if value is not None]
         if there:
             ratio = f'{there[0] / there[-1]:9.3g}x' if len(there) > 1 else ''
@@ -250,7 +263,7 @@ def job_of(config):
         print(f'without the forward passes of {method.encoder_name}, whose size lib/plan.py does not know')
     encoder = 2 * ENCODERS.get(method.encoder_name, 0) * L if reads else 0
     return Job(c.batch_size, c.micro_batch, L, c.hidden, c.vocab_size, sum(sizes), sizes[0], trunk,
-               method.training_flops(L) / 6 - trunk, encoder)
+               method.training_flops(L) / 6 - trunk, encoder, c.num_heads if c.gpu == 'cpu' else 0)
 
 
 def measure_feed(L, dtype, rows=64, at_least=1.0):
@@ -274,8 +287,9 @@ def print_plan(config):
     feed = measure_feed(c.block_size, 'uint32' if c.vocab_size > 2**16 else 'uint16')
     print(f'{c.method}, {job.params / 1e6:,.0f}M trained parameters, L = {job.length}, V = {job.vocab:,}, '
           f'batch {job.batch}; {c.gpu}, {c.network}: {NETWORKS[c.network] / 1e9:g} GB/s each way')
-    for label, numbers in table(job, c.gpu, c.network, c.mfu, feed):
-        print(f'{label:48}' + ''.join(map(cell, numbers)))
+    peak, memory = GPUS.get(c.gpu) or (peak_flops(torch.device('cpu'), getattr(torch, c.dtype))[0], 0)
+    for label, values in table(job, peak, memory, NETWORKS[c.network], c.mfu, feed):
+        print(f'{label:48}' + ''.join(map(cell, values)))
     print(OFFICIAL)
 
 
@@ -298,22 +312,25 @@ def main(argv):
         flops = method.training_flops(c.block_size) / c.block_size  # per token
     except ValueError as e:
         raise UserError(e) from e
-    peak, source = peak_flops(device, getattr(torch, c.dtype))
-    print(f'{c.method}, {c.num_layers} layers of width {c.hidden}, L = {c.block_size}, V = {c.vocab_size:,}, '
-          f'batch {c.batch_size}, {c.dtype}')
-    print(f'{flops / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: {source}', flush=True)
+    (rank, world), (peak, source) = rank_and_world(), peak_flops(device, getattr(torch, c.dtype))
+    if rank == 0:
+        print(f'{c.method}, {c.num_layers} layers of width {c.hidden}, L = {c.block_size}, '
+              f'V = {c.vocab_size:,}, batch {c.batch_size}, {c.dtype}' + f', {world} processes' * (world > 1))
+        print(f'{flops / 1e9:.3g} training GFLOPs per token; peak assumed for MFU: {source}', flush=True)
     variants = [*['compiled'] * c.compile, 'eager', 'full']
     results = {variant: in_its_own_process(argv, variant) for variant in variants}
     if not any(results.values()):
         raise UserError('the measurement failed for the reason above')
-    label = f'sampling {c.steps} steps, s/sequence' + ', {}' * (len(method.strategies) > 1)
-    print_table(results, [
-        ('training, tokens/s', 'tokens_per_s', 1),
-        ('training, MFU in %', 'tokens_per_s', 100 * flops / peak),
-        ('peak memory in GB: forward and backward', 'gradient_memory', 1e-9),
-        ('                   with AdamW and EMA', 'memory', 1e-9),
-        *((label.format(strategy), f'sampling {strategy}', 1) for strategy in method.strategies),
-    ])
+    if rank == 0:
+        label = 'sampling {} steps, s/sequence' + ', {}' * (len(method.strategies) > 1)
+        print_table(results, [
+            ('training, tokens/s', 'tokens_per_s', 1),
+            ('training, MFU in %', 'tokens_per_s', 100 * flops / peak / world),
+            ('peak memory in GB: forward and backward', 'gradient_memory', 1e-9),
+            ('                   with AdamW and EMA', 'memory', 1e-9),
+            *((label.format(steps, strategy), f'sampling {strategy} {steps}', 1)
+              for strategy in method.strategies for steps in numbers('steps', c.steps)),
+        ])
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 """
-What a training step should take on GPUs that you do not have: arithmetic, nothing is measured.
+What a training step should take on GPUs that you do not have: arithmetic, no step is measured.
 
 `python bench.py config/NAME.py --plan` prints it. Every line of the table is one function below.
 """
@@ -13,7 +13,8 @@ GPUS = {'H200': (989e12, 141e9), 'H100': (989e12, 80e9), 'A100': (312e12, 80e9),
 # bytes/s in one direction through the narrowest link of the ring that connects the GPUs
 NETWORKS = {'nvlink': 450e9,   # fourth generation, H100 data sheet: 900 GB/s in both directions together
             '400g': 50e9,      # one port of 400 Gb/s, Ethernet or InfiniBand NDR
-            '25g': 3.125e9}    # one port of 25 Gb/s
+            '25g': 3.125e9,    # one port of 25 Gb/s
+            'gloo': 2.1e9}     # no GPU, a core for each process: by its processor time, of an AMD EPYC
 
 # parameters without embeddings of frozen encoders, by their model cards: one forward pass reads each once
 ENCODERS = {'Qwen/Qwen3-Embedding-0.6B': 440e6, 'gpt2': 85e6}
@@ -32,6 +33,7 @@ class Job:
     trunk: float          # forward multiply-adds per sequence, without the head
     head: float           # those of the head
     encoder: float = 0.0  # FLOPs of a frozen encoder per sequence
+    cpu_heads: int = 0    # of attention, on a CPU, which keeps their scores; 0: this is a GPU
 
     def flops(self):
         """Of a step. Two per multiply-add; backward costs twice forward, and a frozen encoder has none."""
@@ -59,9 +61,10 @@ class Job:
         """fp32 weights, two moments, their average and gradients, and the weights in bf16."""
         return (4 * 5 + 2) * self.params
 
-    def head_bytes(self, logits=2**28):
+    def head_bytes(self):
         """A chunk of logits, in bf16, and twice in fp32 for their softmax; a bf16 gradient of the weight."""
-        return (2 + 4 + 4) * logits + 2 * self.width * self.vocab
+        logits, softmax = (2**25, 2**21) if self.cpu_heads else (2**28, 2**28)  # at a time, see model.py
+        return 2 * logits + (4 + 4) * softmax + 2 * self.width * self.vocab
 
     def activations(self, checkpointing=False):
         """Per sequence, of what backward needs.
@@ -69,10 +72,11 @@ class Job:
         A layer has 12 d^2 + 2 L d multiply-adds per token, and keeps 54 d bytes: in fp32 the stream and the
         normed stream, twice (16 d); in bf16 the inputs of QKV and MLP (4 d), qkv and the rotated qk (10 d),
         the outputs of attention, its projection and the MLP (6 d), both sides of the GELU (16 d); and the
-        masks of dropout (2 d). With checkpointing it keeps its input in fp32 (4 d).
+        masks of dropout (2 d). With checkpointing it keeps its input in fp32 (4 d). A CPU keeps the scores of
+        attention, too, in bf16 (2 L for each head).
         """
         values = self.trunk / (12 * self.width + 2 * self.length)  # L d, summed over the layers
-        return (4 if checkpointing else 54) * values
+        return (4 if checkpointing else 54 + 2 * self.length * self.cpu_heads / self.width) * values
 
     def memory(self, n):
         micro = self.micro or self.batch / n
@@ -84,17 +88,18 @@ class Job:
         return max(0, math.floor(room / self.activations(checkpointing)))
 
 
-def table(job, gpu, network, mfu, feed, counts=(1, 8, 16, 64)):
+def table(job, peak, memory, speed, mfu, feed, counts=(1, 2, 8, 16, 64)):
     """-> lines (label, numbers, one for each of `counts` GPUs).
 
+    peak, memory: of a GPU, in FLOP/s and bytes (0: not known);  speed: of the network, in bytes/s
     feed: tokens/s that one process can read, or None
     """
-    (peak, memory), speed = GPUS[gpu], NETWORKS[network]
     counts = [n for n in counts if job.batch % n == 0]
     compute = [job.compute(n, peak, mfu) for n in counts]
     apart = [s + job.exchanged(n) / speed for n, s in zip(counts, compute)]
     overlapped = [s + job.exposed(n, s, speed) for n, s in zip(counts, compute)]
     tokens = job.batch * job.length
+    fits = [(f'largest micro_batch in {memory / 1e9:.0f} GB', False), ('    ... with checkpointing', True)]
     return [
         ('GPUs', counts),
         ('PFLOPs per step and GPU', [job.flops() / n / 1e15 for n in counts]),
@@ -108,8 +113,8 @@ def table(job, gpu, network, mfu, feed, counts=(1, 8, 16, 64)):
         ('    vocabulary head', [job.head_bytes() / 1e9] * len(counts)),
         ('    activations of a sequence', [job.activations() / 1e9] * len(counts)),
         ('    ... with checkpointing', [job.activations(True) / 1e9] * len(counts)),
-        (f'largest micro_batch in {memory / 1e9:.0f} GB', [job.largest_micro(memory)] * len(counts)),
-        ('    ... with checkpointing', [job.largest_micro(memory, True)] * len(counts)),
+        *((label, [job.largest_micro(memory, checkpointing)] * len(counts)) for label, checkpointing in fits
+          if memory),
         ('feed needed, tokens/s per GPU', [tokens / n / s for n, s in zip(counts, overlapped)]),
         *([('feed measured here on one core', [feed] * len(counts))] if feed else []),
         ('hours per million steps, no overlap', [1e6 * s / 3600 for s in apart]),

@@ -214,7 +214,8 @@ TWO_STAGES = ['--method=ladd', '--latent=discrete', '--latent_schedule=linear', 
 # every part of the state that is more than weights has its turn: k-means, the moving codebook, both stages,
 # new times
 TOY_METHODS = {
-    'mdlm': [], 'flm': ['--method=flm'], 'duo': ['--method=duo', '--curriculum_iters=3'],
+    'mdlm': [], 'ar': ['--method=ar'], 'flm': ['--method=flm'],
+    'duo': ['--method=duo', '--curriculum_iters=3'],
     'duo_distilled': ['--method=duo_distilled', '--round_iters=3', '--first_gap=.25', '--init_from=out/duo'],
     'vadd': ['--method=vadd', '--encoder_layers=1', '--kl_warmup=4'],
     'cadd': ['--method=cadd', '--hint_dim=4'],

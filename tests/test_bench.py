@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import make
 
@@ -13,6 +15,7 @@ import bench
 import mdlm
 import model
 import train
+from lib import distributed
 from lib.configurator import UserError
 from lib.plan import Job, table
 from methods import build
@@ -75,8 +78,9 @@ def test_every_method_has_its_numbers(name, capsys):
 
 
 def test_a_variant_is_a_dict_of_numbers():
-    result = json.loads(go(*RANDOM, '--variant=eager').stdout)
-    assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling joint'}
+    result = json.loads(go(*RANDOM, '--variant=eager', '--steps=1,3').stdout)
+    assert result.keys() == {'gradient_memory', 'memory', 'tokens_per_s', 'sampling joint 1',
+                             'sampling joint 3'}
     assert all(v > 0 for v in result.values())
     assert 1e8 < result['gradient_memory'] <= result['memory'] < 1e10
 
@@ -98,9 +102,50 @@ def test_the_step_is_that_of_train(monkeypatch, capsys):
     assert [s[1:3] for s in steps[2:]] == [(steps[0][3], steps[0][3])] * 3
 
 
+def test_steps_with_commas(monkeypatch, capsys):
+    """A row for each; the full head is timed once, since its steps all cost the same."""
+    full = measure(capsys, *RANDOM, '--steps=2,6', variant='full')
+    assert full['sampling joint 6'] == pytest.approx(3 * full['sampling joint 2'])
+    monkeypatch.setattr(bench, 'in_its_own_process', lambda argv, variant: full)
+    monkeypatch.setattr(bench, 'peak_flops', lambda device, dtype: (1e12, 'not measured'))
+    bench.main([*TINY, *RANDOM, '--steps=2,6'])
+    assert [line[:34] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        'sampling 2 steps, s/sequence      ', 'sampling 6 steps, s/sequence      ']
+
+
+def test_two_processes_share_a_batch_and_exchange_gradients(monkeypatch, capsys):
+    """In a group whose only member believes that there are two."""
+    seen, step = [], train.Trainer.step
+
+    def recording(self, number, batch, draw_rows):
+        result = step(self, number, batch, draw_rows)
+        seen.append((len(batch[0]), dist.is_initialized() and self.average.sent == []))
+        return result
+    monkeypatch.setattr(train.Trainer, 'step', recording)
+    for module in (bench, train, distributed):
+        monkeypatch.setattr(module, 'rank_and_world', lambda: (0, 2))
+    monkeypatch.setattr(bench, 'connect', lambda device: dist.init_process_group(
+        'gloo', store=dist.HashStore(), rank=0, world_size=1))
+    try:
+        measure(capsys, *RANDOM, '--num_samples=0')
+    finally:
+        dist.destroy_process_group()
+    assert seen == [(2, True)] * 5
+
+
+@pytest.mark.slow
+def test_torchrun():
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                os.path.join(ROOT, 'bench.py'), *TINY, *RANDOM]
+    r = subprocess.run(torchrun, capture_output=True, text=True, timeout=600)
+    lines = r.stdout.splitlines()
+    assert r.returncode == 0 and lines[0].endswith('batch 4, bfloat16, 2 processes'), r.stderr
+    assert len(lines) == 8 and lines[3].startswith('training, tokens/s')
+
+
 def test_the_first_column_is_compiled_if_the_config_says_so(monkeypatch, capsys):
     """And a variant that fails, for want of memory, is a dash."""
-    fast, slow = ({'tokens_per_s': v, 'gradient_memory': 1e9, 'memory': 2e9, 'sampling joint': 1.0}
+    fast, slow = ({'tokens_per_s': v, 'gradient_memory': 1e9, 'memory': 2e9, 'sampling joint 4': 1.0}
                   for v in (300.0, 100.0))
     results = {'compiled': fast, 'eager': slow, 'full': {}}
     monkeypatch.setattr(bench, 'in_its_own_process', lambda argv, variant: results[variant])
@@ -170,14 +215,19 @@ def test_the_plan_of_a_job_counted_by_hand():
     assert JOB.exchanged(1) == 0 and JOB.exchanged(2) == 4e9  # each sends half of its 4 GB, twice
     assert JOB.exposed(2, 3.0, 1e9) == pytest.approx(2.0)  # 4 s, 2 s of them hidden
     assert JOB.exposed(2, 9.0, 1e9) == pytest.approx(0.4)  # the first layer is a tenth of the weights
-    assert JOB.state() == 22e9 and JOB.head_bytes(logits=10) == 100 + 800
+    assert JOB.state() == 22e9 and JOB.head_bytes() == 10 * 2**28 + 800
     assert JOB.activations() == 10 * 54 and JOB.activations(checkpointing=True) == 10 * 4
+    on_a_cpu = dataclasses.replace(JOB, cpu_heads=3)
+    assert on_a_cpu.head_bytes() == 2 * 2**25 + 8 * 2**21 + 800
+    assert on_a_cpu.activations() == 10 * (54 + 2 * 8 * 3 / 4)  # three scores in bf16 for each of 8 places
     assert JOB.memory(8) == 22e9 + JOB.head_bytes() + 2 * 540
     assert JOB.largest_micro(1e9) == 0
     assert JOB.largest_micro((22e9 + JOB.head_bytes() + 540 * 3.5) / 0.9) == 3
-    rows = dict(table(JOB, 'H100', '25g', 0.4, None, counts=(1, 2, 3)))
+    rows = dict(table(JOB, 1e15, 80e9, 3.125e9, 0.4, None, counts=(1, 2, 3)))
     assert rows['GPUs'] == [1, 2]  # three do not divide the batch
     assert rows['exchanging them, ms'] == [0, pytest.approx(4e9 / 3.125e9 * 1000)]
+    assert rows['largest micro_batch in 80 GB'] == [JOB.largest_micro(80e9)] * 2
+    assert not any('micro' in row for row, _ in table(JOB, 1e15, 0, 3.125e9, 0.4, None))
     assert rows['GPU-hours'][1] == 2 * rows['hours per million steps, no overlap'][1]
 
 
@@ -186,7 +236,9 @@ def test_the_plan_of_a_config():
     job = bench.job_of(config)
     assert job.trunk == pytest.approx(13 * (12 * 512 * 1024**2 + 2 * 512**2 * 1024), rel=1e-3)
     assert job.head == pytest.approx(256 * 1024 * 100, rel=0.02) and job.first == 101 * 1024
-    assert job.encoder == 0
+    assert job.encoder == 0 and job.cpu_heads == 0
+    config, _ = bench.prepare([f'{ROOT}/config/owt_mdlm.py', '--vocab_size=100', '--plan', '--gpu=cpu'])
+    assert bench.job_of(config).cpu_heads == 16
     config, _ = bench.prepare([f'{ROOT}/config/owt.py', '--vocab_size=100', '--device=cpu'])
     assert bench.job_of(config).encoder == 2 * 440e6 * 512
 
@@ -197,14 +249,17 @@ def test_an_encoder_of_unknown_size_is_named(capsys):
     assert 'without the forward passes of out/mine' in capsys.readouterr().out
 
 
-def test_a_layer_keeps_what_the_plan_says(monkeypatch):
+@pytest.mark.parametrize('fused', [True, False])
+def test_a_layer_keeps_what_the_plan_says(fused, monkeypatch):
     """Bytes saved for backward by a third layer, without its weights' copies in bf16.
 
-    No dropout, whose masks (1 d each) are larger on a CPU; but a CPU copies the output of attention (2 d).
+    No dropout, whose masks (1 d each) are larger on a CPU; but a CPU copies the output of attention (2 d), if
+    that is fused.
     """
-    monkeypatch.setattr(model, 'attend', lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v))
+    if fused:
+        monkeypatch.setattr(model, 'attend', lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v))
 
-    def saved(num_layers, B=8, L=64, d=64):
+    def saved(num_layers, B=8, L=128, d=64):
         torch.manual_seed(0)
         dit = model.DiT(d, num_layers, 2, 8, L)
         weights = {p.untyped_storage().data_ptr() for p in dit.parameters()}
@@ -218,15 +273,24 @@ def test_a_layer_keeps_what_the_plan_says(monkeypatch):
             dit(torch.randn(B, L, d, requires_grad=True))
         matrices = sum(p.numel() for p in dit.parameters() if p.dim() > 1)
         return (sum(s.nbytes() for s in found.values()) - 2 * matrices) / (B * L * d)
-    assert saved(3) - saved(2) == pytest.approx(54 - 2 + 2, rel=0.02)
+    expected = 54 - 2 + 2 if fused else 54 - 2 + 2 * 128 * 2 / 64
+    assert saved(3) - saved(2) == pytest.approx(expected, rel=0.03)
 
 
-def test_the_plan_is_printed(capsys):
-    bench.main([f'{ROOT}/config/owt.py', '--vocab_size=1000', '--plan', '--device=cpu'])
+def test_the_plan_is_printed(monkeypatch, capsys):
+    args = [f'{ROOT}/config/owt.py', '--vocab_size=1000', '--plan', '--device=cpu']
+    bench.main(args)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ['GPUs', '1', '8', '16', '64'] and '1,760' in lines[-1]
+    assert lines[1].split() == ['GPUs', '1', '2', '8', '16', '64'] and '1,760' in lines[-1]
     measured, = (line for line in lines if line.startswith('feed measured'))
     assert float(measured.split()[-1].replace(',', '')) > 1000
+    monkeypatch.setattr(bench, 'peak_flops', lambda device, dtype: (989e8, 'an H100 10,000 times as slow'))
+    monkeypatch.setattr(bench, 'measure_feed', lambda L, dtype: None)
+    bench.main([*args, '--gpu=cpu'])
+    slow = capsys.readouterr().out.splitlines()
+    assert slow[0].endswith('; cpu, nvlink: 450 GB/s each way')
+    fast, slow = (float(rows[3].split()[-5].replace(',', '')) for rows in (lines, slow))
+    assert slow == pytest.approx(1e4 * fast, rel=2e-3)
 
 
 def test_mistakes():
@@ -236,6 +300,7 @@ def test_mistakes():
             (['--method=ldlm', *RANDOM, '--stage=autoencoder'], 'counted for stage=joint'),
             ([*RANDOM, '--iters=0'], 'iters must be at least 1, not 0'),
             ([*RANDOM, '--variant=fast'], 'variant is one of'),
+            ([*RANDOM, '--steps=1,0'], '--steps wants numbers of at least 1'),
             ([*RANDOM, '--gpu=H100x', '--plan'], 'gpu is one of'),
             ([*RANDOM, '--gpu=A100'], 'gpu=A100 has no effect with plan=False'),
             (['--method=ldlm', *RANDOM, '--stage=autoencoder', '--plan'], 'counted for stage=joint'),

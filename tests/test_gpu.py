@@ -86,9 +86,9 @@ def test_the_commands_for_the_first_gpu_are_rehearsed(tmp_path, monkeypatch):
         subprocess.run([sys.executable, os.path.join(root, script), *args], cwd=tmp_path, check=True)
     monkeypatch.setattr(prepare, 'DATA', str(tmp_path))
     prepare.write('toy', {'train': lambda: iter([('To be, or not to be. ' * 400, True)])}, 'char', tail=0.5)
-    for command, parts in (('check', 5), ('bench', 3), ('train', 5)):
+    for command, parts in (('check', 5), ('neighbours', 6), ('bench', 3), ('train', 5)):
         python('tests/first_gpu.py', command, '--rehearse', f'--dataset={tmp_path}/toy')
         kept = json.loads((tmp_path / f'out/first_gpu/{command}.json').read_text())['parts']
         assert len(kept) == parts and all(kept.values()) and 'failed' not in json.dumps(kept)
-        for numbers in kept.values() if command == 'check' else ():
+        for numbers in kept.values() if command in ('check', 'neighbours') else ():
             assert numbers['largest relative difference of 20 losses'] < 0.02  # bf16 has 8 bits

@@ -515,9 +515,10 @@ def run_script(text, timeout=300):
                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=timeout)
 
 
-def test_gradients_of_two_processes_are_those_of_one():
+@pytest.mark.parametrize('world', [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_gradients_of_many_processes_are_those_of_one(world):
     """Eight steps that leave the weights where they are, so that a difference is one of the gradient and not
-    of earlier steps."""
+    of earlier steps. Most of the exchange begins during the backward pass."""
     toy_teacher()
     r = run_script(FORK + f"""
 import lib.distributed
@@ -537,32 +538,36 @@ def refresh_rounded(self):  # time embeddings multiply t by 1000 and would show 
     self.p.copy_((self.p * 2**12).round() / 2**12)
 
 def recording(self, loss):
+    early = torch.tensor(len(self.sent) if self.listening else 0)  # how many exchanges have begun
     loss = finish(self, loss)
-    steps.append([loss.detach(), *(p.grad.clone() for p in self.params if p.grad is not None)])
+    steps.append([early, loss.detach(), *(p.grad.clone() for p in self.params if p.grad is not None)])
     torch.save(steps, where[0])
     return loss
 
 train.build, train.GradientAverage.finish, AdaptiveTimes.refresh = build_random, recording, refresh_rounded
 for name, args in {TOY_METHODS!r}.items():
-    # one process, and two processes that accumulate over two micro-batches each
-    for world, micro in ((1, 0), (2, 2)):
+    # one process, and {world} processes that accumulate over two micro-batches each
+    for world, micro in ((1, 0), ({world}, 2)):
         args = [*{TINY_RUN!r}, *args, '--learning_rate=0', '--max_iters=8', f'--out_dir={{name}}{{world}}',
-                f'--micro_batch={{micro}}']
+                '--batch_size={4 * world}', f'--micro_batch={{micro}}']
         codes = processes(world, args, lambda rank: where.append(f'{{name}}{{world}}.{{rank}}.pt'))
         assert set(codes) == {{0}}
 """)
     assert r.returncode == 0, r.stderr
     for name in TOY_METHODS:
-        one, two, also = (torch.load(f'{name}{run}.pt') for run in ('1.0', '2.0', '2.1'))
-        assert len(one) == len(two) == len(also) == 8
-        assert all(torch.equal(p, q) for a, b in zip(two, also) for p, q in zip(a, b, strict=True))
-        for step, (a, b) in enumerate(zip(one, two)):
-            assert len(a) == len(b) > 10
+        one = torch.load(f'{name}1.0.pt')
+        many, *others = (torch.load(f'{name}{world}.{rank}.pt') for rank in range(world))
+        assert len(one) == len(many) == 8
+        for other in others:
+            assert all(torch.equal(p, q) for a, b in zip(many, other, strict=True)
+                       for p, q in zip(a, b, strict=True))
+        for step, ((_, *a), (early, *b)) in enumerate(zip(one, many)):
+            assert len(a) == len(b) > 10 and early > 3
             scale = max(p.norm() for p in a[1:])
             assert scale > 1e-3
             off = [i for i, (p, q) in enumerate(zip(a, b)) if (p - q).norm() > 1e-5 * p.norm() + 1e-6 * scale]
             assert not off, (name, step, off)
-        a, b = weights(name + '1'), weights(name + '2')
+        a, b = weights(name + '1'), weights(f'{name}{world}')
         assert a.keys() == b.keys()
         assert not [k for k in a if not torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5)]
         assert name != 'di_ladd' or (a['quantizer.counts'] != 2).any()  # 2: what they begin with
@@ -712,7 +717,7 @@ for i in range(20):
     what = day(rng.randrange(world), rng.randint(1, 4), rng.uniform(1e-4, 0.05), slow=slow)
     print(world, processes(world, [*args, '--out_dir=many'], day(0, 2, full=True) if i == 10 else what))
 print(processes(8, [*args, '--out_dir=many'], day()))
-""", timeout=1800)
+""", timeout=7200)
     assert r.returncode == 0, r.stderr
     days = [line for line in r.stdout.splitlines() if re.fullmatch(r'\d* ?\[.*\]', line)]
     print(*days, sep='\n')
