@@ -80,7 +80,7 @@ def use_full_head():
     """From here on, every method in this process has the straightforward loss.
 
     They all call model.head_cross_entropy, which calls head_loss; MDLM and LADD first choose rows.
-    Duo has a loss of its own, which takes its rows in chunks.
+    Duo and its distillation have losses of their own, which take their rows in chunks, now in a single one.
     """
     model.head_loss, mdlm.masked_rows = full_cross_entropy, all_rows
     model.rows_at_once = lambda *args, **limits: 2**62
@@ -177,7 +177,7 @@ def measure_sampling(method, c, device):
     if c.variant == 'compiled' and device.type != 'cpu':
         compile_in_place(method.backbones(), device)
     for strategy in method.strategies:
-        method.sample(n, all_steps[0], strategy)  # a warm-up, since the number of texts in a call varies
+        method.sample(n, max(all_steps), strategy)  # a warm-up, since the number of texts in a call varies
         for steps in all_steps:
             time_of_all = seconds(partial(method.sample, n, steps, strategy), device)
             result[f'sampling {strategy} {steps}'] = time_of_all / n
@@ -284,13 +284,16 @@ def measure_feed(L, dtype, rows=64, at_least=1.0):
 
 def print_plan(config):
     c, job = SimpleNamespace(**config), job_of(config)
+    if (c.gpu == 'cpu') != (c.network == 'gloo'):
+        raise UserError('--gpu=cpu and --network=gloo go together')
     feed = measure_feed(c.block_size, 'uint32' if c.vocab_size > 2**16 else 'uint16')
     print(f'{c.method}, {job.params / 1e6:,.0f}M trained parameters, L = {job.length}, V = {job.vocab:,}, '
           f'batch {job.batch}; {c.gpu}, {c.network}: {NETWORKS[c.network] / 1e9:g} GB/s each way')
     peak, memory = GPUS.get(c.gpu) or (peak_flops(torch.device('cpu'), getattr(torch, c.dtype))[0], 0)
     for label, values in table(job, peak, memory, NETWORKS[c.network], c.mfu, feed):
         print(f'{label:48}' + ''.join(map(cell, values)))
-    print(OFFICIAL)
+    if c.gpu != 'cpu':
+        print(OFFICIAL)
 
 
 def main(argv):

@@ -19,10 +19,11 @@ the samplers, class Duo.
 Where we differ from the released code: the bound includes the prior's share, .0030 nats per token at 50,000
 words. The curriculum draws the few largest of V normals by order statistics, as their cheap one does; but
 theirs calls x_t = x whenever x is among those few, here it is when x is the largest. (P(x_t = x) is .55 there
-for k = 5 where .36 is right.) alpha' is a derivative, not a rounded difference. N steps are N calls: the
-last one ends at alpha = 1. psi_rescale takes eta times the largest sigma, as ReMDM does, not the smaller of
-both. The greedy tail, with which they report results, is an option: argmax of p, which leaves out z_l,
-overwrites tokens that are certain; entropy and Gen PPL fall, and the law of the samples is another one.
+for k = 5 where .36 is right.) alpha' is a derivative, not a rounded difference. N steps are N calls: the last
+one ends at alpha = 1. psi_rescale takes eta times the largest sigma, as ReMDM does; theirs, the smaller of
+eta and that sigma. The greedy tail, with which they report results, is an option: argmax of p, which leaves
+out z_l, overwrites tokens that are certain; entropy and Gen PPL fall, and the law of the samples is another
+one. The distillation is in duo_distilled.py.
 """
 import math
 from dataclasses import dataclass

@@ -98,8 +98,8 @@ def verify(y, h, i, end, order, causal, probs, a, cache, generator=None):
 
 
 def fill(y, h, i, end, order, causal, probs, ahead, passes, generator=None):
-    """Drafts and verifies the places i ... end - 1, in parts of `ahead` places, with at most so many passes
-    for each -> y, how far it is filled (n,).
+    """Drafts and verifies the places i ... end - 1, in parts of `ahead` places, with at most `passes` passes
+    for each part -> y, how far it is filled (n,).
     """
     cache, known = [], 0
     for a in range(int(i.min()), int(end.max()), ahead):
@@ -120,7 +120,7 @@ def speculate(backbone, causal, probs, x, order, mask_id, steps=None, verificati
     """Fills the [mask]s of x (n, L), which come last in order (n, L), with `verifications` passes of the
     causal block on every call of the backbone.
 
-    steps: calls, each of which fills an equal part, with as many passes as it takes; each is over `ahead`
+    steps: calls, each of which fills an equal part with as many passes as it takes. A pass sees only `ahead`
     places, since what comes after the first refusal is computed in vain. None: as many calls as it takes
     """
     L, y = x.shape[1], x.gather(1, order)
@@ -239,7 +239,7 @@ class SSMD(MDLM):
     def sampling_flops(self, L, steps, sampler='', **options):
         """At most: every pass of the causal block fills one place or more, and every call makes one.
 
-        Windowed, a pass sees AHEAD places, and every call takes all of them into the cache once.
+        Windowed, a pass sees AHEAD places, and every call takes all places into the cache at most once.
         """
         calls, passes = (L, L) if sampler == 'speculative' else (steps, min(AHEAD, L) + steps)
         return calls * self.flops(L) + passes * self.causal_flops(L)

@@ -14,7 +14,7 @@ GPUS = {'H200': (989e12, 141e9), 'H100': (989e12, 80e9), 'A100': (312e12, 80e9),
 NETWORKS = {'nvlink': 450e9,   # fourth generation, H100 data sheet: 900 GB/s in both directions together
             '400g': 50e9,      # one port of 400 Gb/s, Ethernet or InfiniBand NDR
             '25g': 3.125e9,    # one port of 25 Gb/s
-            'gloo': 2.1e9}     # no GPU, a core for each process: by its processor time, of an AMD EPYC
+            'gloo': 2.1e9}     # processes on CPU cores of one machine, an AMD EPYC; in processor time
 
 # parameters without embeddings of frozen encoders, by their model cards: one forward pass reads each once
 ENCODERS = {'Qwen/Qwen3-Embedding-0.6B': 440e6, 'gpt2': 85e6}

@@ -2,7 +2,7 @@
 The first hour on a GPU: four commands that measure what RESULTS.md cannot say without one.
 
     python tests/first_gpu.py check     short trainings: compiled in bf16 on the GPU, eager in fp32 on the CPU
-    python tests/first_gpu.py neighbours    the same of the methods in baselines/
+    python tests/first_gpu.py neighbours    the same of CADD, CANDI, Duo, FLM, SSMD and VADD
     python tests/first_gpu.py bench     speed and memory at the papers' sizes, on random tokens
     python tests/first_gpu.py train     ten times the CPU's budget on Tiny Shakespeare, which is prepared
     python tests/first_gpu.py table FILE.json ...     what they wrote, as tables for RESULTS.md

@@ -509,7 +509,7 @@ def test_arguments_of_any_text():
             assert f'{key} wants' in complaint(configure, Anything, [f'--{key}={text}'], METHODS)
 
 
-EVERY_PART = {  # each method with all of its parts
+EVERY_PART = {  # each method that trains from scratch, with all of its parts
     'mdlm': [], 'ar': ['--method=ar'], 'di': TWO_STAGES,
     **{name: TOY_METHODS[name] for name in ('ldlm', 'flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd')},
     'co': ['--method=ladd', '--latent_layers=1', '--encoder_layers=1', '--num_latents=2', '--latent_dim=4',

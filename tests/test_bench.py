@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import make
+from helpers import make, spy
 
 import bench
 import mdlm
@@ -115,11 +115,13 @@ def test_steps_with_commas(monkeypatch, capsys):
 
 def test_two_processes_share_a_batch_and_exchange_gradients(monkeypatch, capsys):
     """In a group whose only member believes that there are two."""
-    seen, step = [], train.Trainer.step
+    monkeypatch.setattr(dist, 'all_reduce', dist.all_reduce)  # restored after the test
+    seen, step, reduced = [], train.Trainer.step, spy(dist, 'all_reduce')
 
     def recording(self, number, batch, draw_rows):
+        before = len(reduced)
         result = step(self, number, batch, draw_rows)
-        seen.append((len(batch[0]), dist.is_initialized() and self.average.sent == []))
+        seen.append((len(batch[0]), len(reduced) > before))
         return result
     monkeypatch.setattr(train.Trainer, 'step', recording)
     for module in (bench, train, distributed):
@@ -286,9 +288,11 @@ def test_the_plan_is_printed(monkeypatch, capsys):
     assert float(measured.split()[-1].replace(',', '')) > 1000
     monkeypatch.setattr(bench, 'peak_flops', lambda device, dtype: (989e8, 'an H100 10,000 times as slow'))
     monkeypatch.setattr(bench, 'measure_feed', lambda L, dtype: None)
-    bench.main([*args, '--gpu=cpu'])
+    with pytest.raises(UserError, match='--gpu=cpu and --network=gloo go together'):
+        bench.main([*args, '--gpu=cpu'])
+    bench.main([*args, '--gpu=cpu', '--network=gloo'])
     slow = capsys.readouterr().out.splitlines()
-    assert slow[0].endswith('; cpu, nvlink: 450 GB/s each way')
+    assert slow[0].endswith('; cpu, gloo: 2.1 GB/s each way') and not any('1,760' in line for line in slow)
     fast, slow = (float(rows[3].split()[-5].replace(',', '')) for rows in (lines, slow))
     assert slow == pytest.approx(1e4 * fast, rel=2e-3)
 
