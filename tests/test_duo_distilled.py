@@ -82,7 +82,7 @@ def test_the_divergence_and_its_gradient(monkeypatch):
 def test_the_loss_is_least_at_the_mean_of_logarithms():
     """For any teacher, on all texts of two tokens out of three: the loss is its mean over texts and paths by
     enumeration, whose gradient is zero there."""
-    V, n, (a_s, a_t) = 3, 2**14, (0.7, 0.4)
+    V, n, (a_s, a_t) = 3, 2**16, (0.7, 0.4)
     texts, g = torch.tensor(list(itertools.product(range(V), repeat=2))), generator()
     law = torch.randn(9, generator=g).double().softmax(dim=0)
     log_q, other = torch.randn(2, 9, 2, V, generator=g).double().log_softmax(dim=-1)
