@@ -1,6 +1,6 @@
 """
 Co-LADD on sawtooth, the main job: one continuous latent per text, joint and sequential sampling from one
-checkpoint. Tuned for two CPU cores (about four minutes).
+checkpoint. Tuned for two CPU cores (a little over four minutes).
 
 How it departs from the official settings (sawtooth_co_ladd_paper.py), besides the width, rate and stage 1
 that sawtooth_di_ladd.py explains:
