@@ -14,7 +14,7 @@ weighting = 'constant'  # as there
 
 optimizer = 'muon'
 batch_size = 32
-max_iters = 2200
+max_iters = 1500
 learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'

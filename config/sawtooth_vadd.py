@@ -20,7 +20,7 @@ weighting = 'constant'  # the same optimum with less noise than 1/t; the paper's
 
 optimizer = 'muon'
 batch_size = 32
-max_iters = 2200
+max_iters = 1750
 learning_rate = 2e-3
 warmup_iters = 50
 decay_lr = 'linear'

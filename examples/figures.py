@@ -5,7 +5,7 @@ The pictures of README.md and TUTORIAL.md. Each command draws one again, in its 
     python -m examples.figures noise                             tokens and latent, joint and sequential
     python -m examples.figures posterior                         what visible tokens tell about the shift
     python -m examples.figures barrier                           texts of exact denoisers in few steps
-    python -m examples.figures neighbours                        SWD of ten exact samplers; 15 minutes
+    python -m examples.figures neighbours [out/A out/B ...]      SWD of exact and trained samplers
     python -m examples.figures collapse [out/A out/B ...]        LDLM's latents with and without warmup
     python -m examples.figures denoising out/sawtooth_co_ladd    joint beside sequential sampling, moving
     options: --save=FILE, and of denoising --steps=4 --latent_steps=16
@@ -13,18 +13,20 @@ The pictures of README.md and TUTORIAL.md. Each command draws one again, in its 
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from ladd import abar
+from lib.checkpoint import is_run
 from lib.configurator import Keys, UserError, configure, key, run
-from lib.files import read_lines
+from lib.files import append, read_lines
 from lib.plot import ASSETS, check_ending, literally, log_scale, plt, save
 from mdlm import alpha
 from methods import open_run
-from sawtooth import PERIOD, Exact, L, Sawtooth, bias, exact_draw, pictures, swd
+from sawtooth import PERIOD, Exact, L, Sawtooth, bias, exact_draw, grouped, pictures, swd
 
 TOKENS = ListedColormap(['#eaf2fb', '#08306b', '#e6c88f'])  # of 0, 1 and 2 = [mask]
 
@@ -98,26 +100,59 @@ def barrier(path):
     pictures(panels, path)
 
 
-def neighbours(path, n=20480, calls=(1, 2, 4, 8, 16, 32)):
-    """SWD of exact samplers against backbone calls: where the tokens of one step get what they share."""
-    chart, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-    groups = ({'MDLM': 'MDLM', 'joint': 'LADD, joint', 'CADD': 'CADD', 'Duo': 'Duo', 'FLM': 'FLM',
-               'CANDI': 'CANDI'},
-              {'seq': 'LADD, sequential, and its latent\'s calls', 'VADD': 'VADD, a new z in every step',
-               'VADD, fixed z': 'VADD, one z for all steps', 'SSMD': 'SSMD, and passes of its causal block',
-               'DCD': 'DCD: two calls, and 128 of an AR, in every step'})
-    data = Sawtooth('fresh').texts(n)
-    for ax, kinds in zip(axes, groups):
-        for kind, label in kinds.items():
-            steps = [T for T in calls if kind != 'DCD' or 2 * T <= max(calls)]
-            values = [swd(exact_draw(kind, n, T)) for T in steps]
-            ax.plot([2 * T for T in steps] if kind == 'DCD' else steps, values, 'o-', ms=3, label=label)
-            print(kind, ' '.join(f'{T}: {value:.4f}' for T, value in zip(steps, values)), flush=True)
-        ax.axhline(swd(data), color='grey', lw=1, label='data against data')
+NEIGHBOURS = (  # {exact sampler: label}
+    {'MDLM': 'MDLM', 'joint': 'LADD, joint', 'CADD': 'CADD', 'Duo': 'Duo', 'distilled Duo': 'Duo, distilled',
+     'FLM': 'FLM', 'CANDI': 'CANDI'},
+    {'seq': 'LADD, sequential, and its latent\'s calls', 'VADD': 'VADD, a new z in every step',
+     'VADD, fixed z': 'VADD, one z for all steps', 'SSMD': 'SSMD, and passes of its causal block',
+     'DCD': 'DCD: two calls, and 128 of an AR, in every step'})
+CALLS = 1, 2, 4, 8, 16, 32
+
+
+def exact_values(n, path):
+    """{sampler: {steps: SWD of n texts}}. What the file has not yet is computed and added to it."""
+    found = {kind: {} for labels in NEIGHBOURS for kind in labels}
+    del found['distilled Duo']  # there is no exact one
+    for r in read_lines(path):
+        if r['name'] == 'exact' and r['n'] == n:
+            found[r['strategy']][r['steps']] = r['swd']
+    for kind, values in found.items():
+        for T in CALLS[:-1] if kind == 'DCD' else CALLS:
+            if T not in values:
+                values[T] = swd(exact_draw(kind, n, T))
+                append(path, dict(name='exact', strategy=kind, steps=T, n=n, swd=values[T]))
+        print(kind, ' '.join(f'{T}: {value:.4f}' for T, value in values.items()), flush=True)
+    return found
+
+
+def neighbours(path, *names, n=20480):
+    """SWD of exact and trained samplers against calls: where the tokens of one step get what they share.
+
+    names: runs, or files of their results
+    """
+    chart, axes = plt.subplots(1, 2, figsize=(9, 4.5), sharey=True)
+    kept = os.path.join(ASSETS, 'neighbours.jsonl')
+    files = [os.path.join(name, 'sawtooth.jsonl') if is_run(name) else name for name in names]
+    records = [r for file in files or (kept, os.path.join(ASSETS, 'sawtooth.jsonl')) for r in read_lines(file)
+               if r['name'] != 'exact' and 'swd' in r and r['n'] == n]
+    exact = exact_values(n, kept)
+    for ax, labels in zip(axes, NEIGHBOURS):
+        for color, (kind, label) in enumerate(labels.items()):
+            cost = 2 if kind == 'DCD' else 1  # of a step, in calls
+            name, strategy = ('Co-LADD', kind) if kind in ('joint', 'seq') else (kind, 'joint')
+            trained = grouped([r for r in records if (r['name'], r['strategy']) == (name, strategy)],
+                              'swd', 'steps')
+            lines = (('--', exact.get(kind, {}), None),
+                     ('o-', {T: np.mean(v) for (T,), v in sorted(trained.items())}, label))
+            for style, values, shown in lines:
+                ax.plot([cost * T for T in values], values.values(), style, lw=1, ms=3, color=f'C{color}',
+                        label=shown)
+        ax.axhline(swd(Sawtooth('fresh').texts(n)), color='grey', lw=1, label='data against data')
+        ax.plot([], [], 'k--', lw=1, label='dashed: exact')
         ax.set_xscale('log', base=2)
         ax.xaxis.set_major_formatter('{x:.0f}')
         log_scale(ax.yaxis)
-        ax.set(xlabel='calls of the exact denoiser')
+        ax.set(xlabel='calls of the denoiser')
         ax.legend(fontsize='x-small')
     axes[0].set(ylabel='sliced Wasserstein distance', title='nothing shared, or beside the tokens')
     axes[1].set(title='shared before the tokens, or between them')
@@ -258,9 +293,10 @@ def main(argv):
     drawings = {draw.__name__: draw
                 for draw in (wave, noise, posterior, barrier, neighbours, collapse, denoising)}
     moving = kind == 'denoising'
-    if kind not in drawings or (len(names) != 1 if moving else names and kind != 'collapse'):
-        raise UserError('python -m examples.figures wave | noise | posterior | barrier | neighbours | '
-                        'collapse [out/A out/B ...] | denoising out/NAME')
+    takes_runs = kind in ('neighbours', 'collapse')
+    if kind not in drawings or (len(names) != 1 if moving else names and not takes_runs):
+        raise UserError('python -m examples.figures wave | noise | posterior | barrier | '
+                        'denoising out/NAME | neighbours [out/A ...] | collapse [out/A ...]')
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
     if not moving:

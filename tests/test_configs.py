@@ -157,10 +157,14 @@ def test_ladd_and_mdlm_are_comparable(data, kind):
 @pytest.mark.parametrize('method', ['flm', 'duo', 'candi', 'vadd', 'cadd', 'ssmd'])
 @pytest.mark.parametrize('data', ['sawtooth', 'shakespeare_char'])
 def test_neighbours_and_mdlm_are_comparable(data, method):
-    """Equal blocks, tokens and optimizers; validation may be on fewer texts."""
+    """Equal blocks, tokens and optimizers; validation may be on fewer texts.
+
+    On sawtooth a method whose steps take longer may make fewer, so that it, too, trains in four minutes.
+    """
     mdlm, neighbour = read(f'{data}_mdlm'), read(f'{data}_{method}')
     differ = {k for k in mdlm.keys() & neighbour.keys() if mdlm[k] != neighbour[k]}
-    assert differ - {'eval_seqs'} == {'method', 'out_dir'}
+    assert differ - {'eval_seqs', 'max_iters'} == {'method', 'out_dir'}
+    assert neighbour['max_iters'] == mdlm['max_iters'] or data == 'sawtooth' and method in ('vadd', 'ssmd')
     blocks = [on_meta(f'{data}_{name}').dit.blocks for name in ('mdlm', method)]
     assert parameters(blocks[0]) == parameters(blocks[1])
 

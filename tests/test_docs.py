@@ -127,6 +127,8 @@ def shorten(script, argv):
         return [*argv, *['--steps=1', '--latent_steps=1'] * ('denoising' in argv)]
     if script == 'examples.calibration':
         return [*argv, '--num_samples=8']
+    if script == 'examples.sweep':
+        return [*shorten_train(argv), '--rates=1e-3']
     if script == 'bench.py':
         return [*shorten_train(argv, 'bench'), '--vocab_size=8', '--iters=1', '--steps=2', '--num_samples=1']
     raise LookupError(f'tests/test_docs.py does not know how to shorten {script}')
@@ -275,7 +277,8 @@ def copy(tmp_path_factory):
     """A copy of the tree, which knows the method of examples/maskgit.py, as the tutorial shows."""
     copy = tmp_path_factory.mktemp('docs') / 'nanoladd'
     for pattern in ('*.py', 'lib/*.py', 'baselines/*.py', 'config/*.py', 'data/**/*.py', 'examples/*.py',
-                    'assets/paper_ladd.json', 'assets/collapse.jsonl'):
+                    'assets/paper_ladd.json', 'assets/collapse.jsonl', 'assets/neighbours.jsonl',
+                    'assets/sawtooth.jsonl'):
         for path in glob.glob(pattern, root_dir=ROOT, recursive=True):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(os.path.join(ROOT, path), copy / path)

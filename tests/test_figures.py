@@ -73,3 +73,27 @@ def test_mistakes(argv, match, monkeypatch, capsys):
     make('mdlm', 'out/m', **TINY)
     make('co', 'out/x', **TINY)
     assert match in fails(figures, monkeypatch, capsys, *argv)
+
+
+def test_neighbours_are_drawn_from_what_is_kept(tmp_path, monkeypatch, capsys):
+    """Exact values are computed once; trained ones are means over runs, in the colour of the exact ones."""
+    monkeypatch.setattr(figures, 'ASSETS', str(tmp_path))
+    monkeypatch.setattr(figures, 'CALLS', (1, 2))
+    drawn, charts = [], []
+    monkeypatch.setattr(figures, 'exact_draw', lambda *case: drawn.append(case) or torch.zeros(case[1], L))
+    monkeypatch.setattr(figures, 'save', lambda chart, path: charts.append(chart))
+    make('mdlm', 'out/a', **TINY)
+    for path, swds in ('out/a/sawtooth.jsonl', (0.2, 0.1)), ('b.jsonl', (0.4, 0.3)):
+        with open(path, 'w') as f:
+            f.writelines(json.dumps(dict(name='FLM', strategy='joint', steps=T, n=8, swd=v)) + '\n'
+                         for T, v in zip((2, 1), swds))
+    figures.neighbours('x.png', 'out/a', 'b.jsonl', n=8)
+    assert len(drawn) == len(set(drawn)) == 11 * 2 - 1  # DCD's step is two calls
+    figures.neighbours('x.png', 'out/a', 'b.jsonl', n=8)
+    assert len(drawn) == 21
+    said = capsys.readouterr().out
+    assert said[:len(said) // 2] == said[len(said) // 2:]
+    line, = [line for line in charts[1].axes[0].lines if line.get_label() == 'FLM']
+    assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == pytest.approx([0.2, 0.3])
+    assert [other.get_linestyle() for other in charts[1].axes[0].lines
+            if other.get_color() == line.get_color()] == ['--', '-']
