@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from baselines import cadd, candi, dcd, duo, flm, ssmd
+from baselines.exact import EXACT_SAMPLERS
 from ladd import code_step, joint
 from lib.checkpoint import fingerprint
 from lib.configurator import Keys, UserError, configure, key, numbers, run
@@ -173,7 +173,6 @@ LATENT_STEPS = {'Co-LADD': 32, 'Di-LADD': 1}  # of sequential sampling; a single
 LADD_EXACT = ['joint', 'joint ahead', 'seq']
 BASELINES = ('FLM', 'Duo', 'CANDI', 'VADD', 'CADD', 'SSMD')
 NO_LATENT = ('MDLM', *BASELINES, 'distilled Duo')
-R_OF_CANDI = 0.1, 0.4  # r_min and r_max in config/sawtooth_candi.py
 
 
 def draw(method, n, steps, strategy='joint', seed=0, batch=256):
@@ -225,16 +224,17 @@ def gap_to_exact(method, n=2048):
 
 
 def exact_draw(kind, n, steps, seed=0, batch=1024):
-    """n texts from exact denoisers.
+    """n texts (n, L) from exact denoisers. ValueError for an unknown kind.
 
-    kind: 'MDLM', or with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2), or 'seq';
-    of the baselines 'FLM', 'Duo', 'Duo, greedy tail', 'CANDI', 'CANDI, mean', 'VADD', 'VADD, fixed z',
-    'CADD', 'SSMD', 'SSMD, speculative' (whatever steps is), 'DCD', and 'DCD, AR alone', which draws all that
-    a step reveals without looking to the right.
+    kind: 'MDLM'; with the shift as the latent 'joint', 'joint ahead' (its alpha is 1 - t^2) or 'seq'; or one
+    of EXACT_SAMPLERS in baselines/exact.py.
     """
-    if kind.split(',')[0] in (*BASELINES, 'DCD'):
-        return exact_baseline(kind, n, steps, seed)
-    exact, g, alphas = Exact(), torch.Generator().manual_seed(seed), alpha(time_grid(steps))
+    g = torch.Generator().manual_seed(seed)
+    if kind in EXACT_SAMPLERS:
+        return EXACT_SAMPLERS[kind](Exact(64), n, steps, g)
+    if kind not in ('MDLM', *LADD_EXACT):
+        raise ValueError(f'no exact {kind}; there are: {"; ".join(("MDLM", *LADD_EXACT, *EXACT_SAMPLERS))}')
+    exact, alphas = Exact(), alpha(time_grid(steps))
     P, texts, schedule = len(exact.p), [], 'polynomial' if kind == 'joint ahead' else 'linear'
 
     def latent_step(z, prediction, t, s):
@@ -248,88 +248,6 @@ def exact_draw(kind, n, steps, seed=0, batch=1024):
         z = torch.randint(P, (len(x), 1), generator=g) if kind == 'seq' else torch.full((len(x), 1), P)
         texts.append(joint(exact.joint_denoise, x, z, steps, alphas, latent_step, 2, generator=g))
     return torch.cat(texts)
-
-
-def exact_baseline(kind, n, steps, seed=0):
-    """exact_draw of the baselines."""
-    exact, g = Exact(64), torch.Generator().manual_seed(seed)
-    if kind.startswith('VADD'):
-        fixed = torch.rand(n, 1, generator=g)
-
-        def denoise(x_t, where):  # given the shift, which is the quantile of its posterior that z says
-            quantile = fixed if 'fixed' in kind else torch.rand(n, 1, generator=g)
-            below = exact.log_likelihood(x_t).softmax(dim=1).cumsum(dim=1) < quantile
-            p1 = exact.p[below.sum(dim=1).clamp(max=len(exact.p) - 1)][where]
-            return torch.stack((1 - p1, p1), dim=1).log()
-        return ancestral(denoise, torch.full((n, L), 2), alpha(time_grid(steps)), 2, generator=g)
-    if kind == 'CADD':
-        def denoise(x, z, alpha_t):  # w is -1 or 1
-            hints = torch.tanh(float(alpha_t) ** 0.5 * z[..., 0] / (1 - float(alpha_t)))
-            p = exact.predict(torch.where(x == 2, hints, 2.0 * x - 1))
-            return (torch.rand(x.shape, generator=g) < p).long(), (2 * p - 1)[..., None]
-        x, z = torch.full((n, L), 2), torch.randn(n, L, 1, generator=g)
-        return cadd.hinted(denoise, x, z, alpha(time_grid(steps)), 2, g)
-    if kind.startswith('SSMD'):
-        return exact_ssmd(exact, n, None if kind == 'SSMD, speculative' else steps, g)
-    if kind.startswith('DCD'):
-        return exact_dcd(exact, n, steps, float(kind == 'DCD'), g)
-    if kind == 'FLM':
-        signal, t = flm.Times(2).signal, 1 - time_grid(steps)[:-1].float()
-
-        def denoise(z, t):  # z (n, L, 2), one-hot with noise
-            c = float(signal(torch.tensor(t)))
-            p = exact.predict(torch.tanh(c * (z[..., 1] - z[..., 0]) / (1 - c) ** 2 / 2))
-            return torch.stack((1 - p, p), dim=-1), (p > 0.5).long()
-        return flm.euler(denoise, torch.randn(n, L, 2, generator=g), t.tolist(), signal(t).tolist())
-    if kind.startswith('CANDI'):
-        ts = time_grid(steps)
-        sigmas, _ = candi.sigma(ts, *R_OF_CANDI)
-
-        def denoise(x, z, t):  # tokens or 2 = [mask], and z (n, L, 2), one-hot with noise
-            hint = torch.tanh((z[..., 1] - z[..., 0]) / candi.sigma(t, *R_OF_CANDI)[0].float() ** 2 / 2)
-            p = exact.predict(torch.where(x == 2, hint, 2.0 * x - 1))
-            drawn = (torch.rand(p.shape, generator=g) < p).long()
-            p = p if 'mean' in kind else drawn.float()
-            return drawn, torch.stack((1 - p, p), dim=-1)
-        x, z = torch.full((n, L), 2), sigmas[0].float() * torch.randn(n, L, 2, generator=g)
-        return candi.hinted(denoise, x, z, ts, alpha(ts), sigmas, 2, g)
-
-    def denoise(z, alpha):
-        p = exact.predict((2.0 * z - 1) * float(alpha), leave_one_out=True).double()
-        drawn = torch.rand(z.shape, generator=g) < p
-        return torch.where(z == 1, p, 1 - p), drawn.long(), (p > 0.5).long()
-    z, tail = torch.randint(2, (n, L), generator=g), 'greedy' if 'greedy' in kind else 'ancestral'
-    return duo.reverse(denoise, z, 2, *duo.plan(steps, 'ancestral'), tail, g)
-
-
-def exact_ssmd(exact, n, steps, g):
-    """exact_draw of SSMD, whose states are probabilities (n, L, 2); steps: None for speculative."""
-    def backbone(x_t):
-        return exact.denoise(x_t, torch.ones_like(x_t, dtype=torch.bool)).exp().view(*x_t.shape, 2)
-
-    def causal(y, h, order, a, cache):
-        p = exact.after(y, order, a)
-        return torch.stack((1 - p, p), dim=2)
-
-    def probs(states):
-        yield slice(None), states.double()
-    x, order = torch.full((n, L), 2), torch.rand(n, L, generator=g).argsort(dim=1)
-    return ssmd.speculate(backbone, causal, probs, x, order, 2, steps, generator=g)
-
-
-def exact_dcd(exact, n, steps, correction, g):
-    """exact_draw of DCD, whose MDLM and AR are p(x_l | visible tokens) and p(x_l | all tokens before l)."""
-    def write(x_t):
-        both = exact.log_likelihood(x_t).softmax(dim=1) @ exact.p
-        left = exact.after(x_t, torch.arange(L).expand_as(x_t))
-        x, log_p, odds = x_t.clone(), torch.zeros(n, len(exact.p)), correction * (both.logit() - left.logit())
-        for l in range(L):
-            p1 = ((log_p.softmax(dim=1) @ exact.p[:, l]).logit() + odds[:, l]).sigmoid()
-            drawn = torch.rand(n, generator=g) < p1
-            x[:, l] = torch.where(x[:, l] == 2, drawn, x[:, l])
-            log_p += x[:, l, None] * exact.log_ratio[l] + exact.log_p0[l]
-        return x
-    return dcd.reveal_some(write, torch.full((n, L), 2), alpha(time_grid(steps)), 2, g)
 
 
 def exact_records(n, steps, names):

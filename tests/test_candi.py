@@ -14,10 +14,11 @@ import model
 import train
 from baselines import candi
 from baselines.candi import CANDI, Config, hinted, sigma
+from baselines.exact import R_OF_CANDI
 from lib.configurator import configure
 from mdlm import alpha, time_grid
 from methods import METHODS
-from sawtooth import R_OF_CANDI, exact_draw, swd
+from sawtooth import exact_draw, swd
 
 PUBLISHED, WIDE, NO_HINT = (0.05, 0.25), (0.01, 0.49), (0.4998, 0.4999)
 

@@ -254,6 +254,11 @@ def test_exact_co_ladd_with_a_latent_for_each_token():
     assert abs(swd(x, draws=1) - 0.0354) < 4 * 0.0008
 
 
+def test_a_kind_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match='no exact Di-LADD; there are: MDLM; joint; .*; DCD, AR alone'):
+        sawtooth.exact_draw('Di-LADD', 1, 1)
+
+
 def test_exact_sequential_ladd_needs_one_step():
     z = torch.randint(512, (N, 1), generator=generator())
     x = joint(Exact().joint_denoise, all_masked(), z, 1, alpha(time_grid(1)), lambda z, logits, t, s: z, MASK,
