@@ -198,12 +198,16 @@ class MDLM(Method):
         mask = noise.uniform('mask', x.shape[1]) < 1 - alpha(t, self.config.schedule)[:, None]
         return x.masked_fill(mask, self.mask_id), mask
 
+    def noised_states(self, x, t, noise):
+        """x (b, L), t (b,) -> states (b, L, d) of x_t, and where it has [mask]s (b, L)."""
+        x_t, mask = self.corrupt(x, t, noise)
+        return self.dit(self.embed(x_t)), mask
+
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
         # t >= 1e-4, as in the official code, keeps the weight 1/t finite
         t = times_from(1e-4, noise.times('t_x', shuffled=False))
-        x_t, mask = self.corrupt(x, t, noise)
-        h = self.dit(self.embed(x_t))                                                  # (b, L, d)
+        h, mask = self.noised_states(x, t, noise)                                      # (b, L, d), (b, L)
         loss, overflow = self.token_loss(h, x, mask, t)
         return loss, {'loss': loss.detach(), 'overflow': overflow}
 
@@ -227,8 +231,8 @@ class MDLM(Method):
         """One unbiased estimate of the negative ELBO at one time, >= -log p(x) on average: nats (b,)."""
         self.sampling_options(strategy)  # ValueError for an unknown one
         t = noise.times('t_x')
-        x_t, mask = self.corrupt(x, t, noise)
-        nats = elbo_weight(t, self.config.schedule) * self.masked_nll(self.dit(self.embed(x_t)), x, mask)
+        h, mask = self.noised_states(x, t, noise)
+        nats = elbo_weight(t, self.config.schedule) * self.masked_nll(h, x, mask)
         return {'val': nats + self.reconstruction(x, noise)}
 
     def masked_nll(self, h, x, mask):
@@ -241,8 +245,8 @@ class MDLM(Method):
         """E[-log p(x_0 | x_t)] at t = 0, LADD eq. (53): zero unless alpha_0 < 1 (geometric schedule)."""
         if self.config.schedule != 'geometric':
             return 0.0
-        x_t, mask = self.corrupt(x, torch.zeros(len(x), device=x.device), noise)
-        return self.masked_nll(self.dit(self.embed(x_t)), x, mask)
+        h, mask = self.noised_states(x, torch.zeros(len(x), device=x.device), noise)
+        return self.masked_nll(h, x, mask)
 
     def denoise(self, x_t, where):
         """Logits (where.sum(), V) at the positions `where`; sequences that have none of them are skipped."""
@@ -261,8 +265,11 @@ class MDLM(Method):
         options = self.sampling_options(strategy, sampler, **options)
         del options['strategy']
         x = self.all_masked(n) if x is None else x
-        return reveal_tokens(self.denoise, x, self.mask_id, steps, self.config.schedule, **options,
-                             generator=generator, callback=callback)
+        return self.fill_in(x, steps, **options, generator=generator, callback=callback)
+
+    def fill_in(self, x, steps, **options):
+        """`sample` from x (n, L) on, with all its options: what a subclass does differently."""
+        return reveal_tokens(self.denoise, x, self.mask_id, steps, self.config.schedule, **options)
 
     def denoiser_calls(self, steps, sampler='', **options):
         return self.config.block_size if sampler == 'first_hitting' else steps

@@ -35,9 +35,6 @@ from model import head_logits
 
 T_MIN = 1e-3  # of the bound's integral, whose weight goes as 1 / t^2
 
-# ------------------------------------------------------------------------------------------------------------
-# samplers
-
 
 def move(z, w_hat, alpha_t, alpha_s, eps):
     """q(z_s | z_t = z, w = w_hat): z, w_hat, eps (..., D), alpha_t < alpha_s < 1 two numbers -> z_s."""
@@ -59,9 +56,6 @@ def hinted(denoise, x, z, alphas, mask_id, generator=None, callback=None):
             callback(i, x, None)
     return x
 
-
-# ------------------------------------------------------------------------------------------------------------
-# the method
 
 @dataclass
 class Config(mdlm.Config):
@@ -89,18 +83,11 @@ class CADD(MDLM):
         return self.dit(self.embed(x_t) + hints, t=[masked_share])
 
     def noised_states(self, x, t, noise, name='eps'):
-        """-> states at time t (b,), and where x (b, L) is masked. name: of the hints' noise."""
+        """As MDLM's. name: of the hints' noise."""
         x_t, mask = self.corrupt(x, t, noise)
         a, w = alpha(t, self.config.schedule), self.w()[x]                             # (b,), (b, L, D)
         z = a[:, None, None].sqrt() * w + (1 - a[:, None, None]).sqrt() * noise.normal(name, *w.shape[1:])
         return self.states(x_t, z, 1 - a), mask
-
-    def forward(self, x, noise):
-        """Training loss per token of x (b, L) int64, and logs."""
-        t = times_from(1e-4, noise.times('t_x', shuffled=False))
-        h, mask = self.noised_states(x, t, noise)
-        loss, overflow = self.token_loss(h, x, mask, t)
-        return loss, {'loss': loss.detach(), 'overflow': overflow}
 
     def w_hat(self, logits, hint='soft'):
         """(R, V) -> what is expected of w, (R, D)."""
@@ -132,15 +119,11 @@ class CADD(MDLM):
         tokens, w_hat = (torch.cat(parts) for parts in zip(*found))
         return x_t.masked_scatter(mask, tokens), torch.zeros_like(z).masked_scatter(mask[..., None], w_hat)
 
-    @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
-        """-> ids (n, L). x, options, callback: as MDLM's; and hint: soft | hard."""
-        o = self.sampling_options(strategy, sampler, **options)
-        draw = functools.partial(draw_tokens, temperature=o['temperature'], top_p=o['top_p'])
+    def fill_in(self, x, steps, sampler, hint, generator=None, callback=None, **options):
+        draw = functools.partial(draw_tokens, **options)
 
         def denoise(x_t, z, alpha_t):
-            return self.denoise(x_t, z, float(alpha_t), o['hint'], draw, generator)
-        x = self.all_masked(n) if x is None else x
+            return self.denoise(x_t, z, float(alpha_t), hint, draw, generator)
         z = torch.randn(*x.shape, self.config.hint_dim, device=x.device, generator=generator)
         alphas = alpha(time_grid(steps, x.device), self.config.schedule)
         return hinted(denoise, x, z, alphas, self.mask_id, generator, callback)

@@ -32,11 +32,9 @@ import torch.nn.functional as F
 import mdlm
 from baselines.flm import embedded_noise, squared_error
 from lib.configurator import key
-from mdlm import DRAW, MDLM, alpha, choose, elbo_weight, pairs, time_grid, times_from, token_probs
+from mdlm import DRAW, MDLM, alpha, choose, elbo_weight, pairs, time_grid, token_probs
 from model import head_logits
 
-# ------------------------------------------------------------------------------------------------------------
-# the noise of hints
 
 def sigma(t, r_min, r_max):
     """t in [0, 1] (...,) -> sigma, rising, and |d(1 / sigma^2) / dt|, each (...,)."""
@@ -45,12 +43,11 @@ def sigma(t, r_min, r_max):
     return -1 / (math.sqrt(2) * q), 4 * (r_max - r_min) * q.abs() / density
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the sampler: a pure function over `denoise(x_t, y, t) -> tokens drawn (n, L), e E (n, L, d)`
-
 def hinted(denoise, x, y, ts, alphas, sigmas, mask_id, generator=None, callback=None):
-    """Reveals the [mask]s of x (n, L), of which y = z E (n, L, d) are hints; ts, alphas, sigmas: at each step
-    and at its end, (steps + 1,)."""
+    """Reveals the [mask]s of x (n, L), of which y = z E (n, L, d) are hints.
+
+    denoise(x, y, t) -> tokens drawn (n, L), e E (n, L, d);  ts, alphas, sigmas: (steps + 1,)
+    """
     for i, (alpha_t, alpha_s) in enumerate(pairs(alphas)):
         drawn, e = denoise(x, y, ts[i])
         y = y + (sigmas[i + 1] / sigmas[i] - 1).to(y) * (y - e)
@@ -60,9 +57,6 @@ def hinted(denoise, x, y, ts, alphas, sigmas, mask_id, generator=None, callback=
             callback(i, x, None)
     return x
 
-
-# ------------------------------------------------------------------------------------------------------------
-# the method
 
 @dataclass
 class Config(mdlm.Config):
@@ -88,12 +82,6 @@ class CANDI(MDLM):
         """The embedding of the words, with rows of length 1, (V, d)."""
         return F.normalize(self.embed.weight[:-1], dim=-1)
 
-    def hints(self, x, sigma, noise):
-        """y = z E: x (b, L), sigma (b,) -> (b, L, d)."""
-        E = self.rows()
-        eps = embedded_noise(E, x.shape[1], lambda *shape: noise.normal('noise', *shape))
-        return E[x] + sigma[:, None, None] * eps
-
     def states(self, x_t, y, t):
         """x_t (b, L) with [mask]s, y (b, L, d), t (b,) -> (b, L, d)."""
         e, mixing = F.normalize(self.embed(x_t), dim=-1), self.config.mixing
@@ -101,25 +89,22 @@ class CANDI(MDLM):
         e = torch.where((x_t == self.mask_id)[..., None], mixing * e + (1 - mixing) * scale * y, e)
         return self.dit(e, t=[t])
 
-    def forward(self, x, noise):
-        """Training loss per token of x (b, L) int64, and logs."""
-        t = times_from(1e-4, noise.times('t_x', shuffled=False))
+    def noised_states(self, x, t, noise):
         x_t, mask = self.corrupt(x, t, noise)
-        h = self.states(x_t, self.hints(x, self.sigma(t)[0], noise), t)                # (b, L, d)
-        loss, overflow = self.token_loss(h, x, mask, t)
-        return loss, {'loss': loss.detach(), 'overflow': overflow}
+        E = self.rows()
+        eps = embedded_noise(E, x.shape[1], lambda *shape: noise.normal('noise', *shape))
+        y = E[x] + self.sigma(t)[0][:, None, None] * eps                               # z E, (b, L, d)
+        return self.states(x_t, y, t), mask
 
     def nll_parts(self, x, noise, strategy='joint', z_0=None):
         """The bound, its integrals estimated at one time: nats (b,)."""
         self.sampling_options(strategy)  # ValueError for an unknown one
         t = noise.times('t_x')
-        sigma, slope = self.sigma(t)
-        x_t, mask = self.corrupt(x, t, noise)
-        h = self.states(x_t, self.hints(x, sigma, noise), t)
+        h, mask = self.noised_states(x, t, noise)
         error = torch.zeros(x.shape, device=x.device)
         error[mask] = squared_error(self.head, h[mask], x[mask])
         nats = elbo_weight(t, self.config.schedule) * self.masked_nll(h, x, mask)
-        nats = nats + slope / 2 * error.sum(dim=1)
+        nats = nats + self.sigma(t)[1] / 2 * error.sum(dim=1)
         return {'val': nats + x.shape[1] / (2 * self.sigma(torch.ones_like(t))[0].square())}
 
     def denoise(self, x_t, y, t, sampler, temperature, top_p, generator=None):
@@ -134,12 +119,7 @@ class CANDI(MDLM):
         return (x_t.masked_scatter(masked, torch.cat(tokens)),
                 y.masked_scatter(masked[..., None], torch.cat(towards)))
 
-    @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
-        """As MDLM's; options: temperature, top_p."""
-        options = self.sampling_options(strategy, sampler, **options)
-        del options['strategy']
-        x = self.all_masked(n) if x is None else x
+    def fill_in(self, x, steps, generator=None, callback=None, **options):
         ts, E = time_grid(steps, x.device), self.rows()
         sigmas, _ = self.sigma(ts)
 

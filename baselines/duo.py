@@ -29,14 +29,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 
 from baselines import flm
 from baselines.flm import identified, mean_at
 from lib.configurator import Not, key
-from lib.method import Method
 from mdlm import DRAW, time_grid, times_from, token_probs
-from model import DiT, head_logits, head_loss
+from model import head_logits, head_loss
 
 EPS = 1e-3  # alpha at t = 1
 
@@ -169,21 +167,14 @@ class Config(flm.Config):
     top_k: int = key(4, at_least=1, only=dict(curriculum_iters=Not([0])))  # entries besides x
 
 
-class Duo(Method):
-    name, Config, likelihood = 'Duo', Config, 'bound'
-    samplers = SAMPLERS
+class Duo(flm.Unmasked):
+    """The network's time is b = 1 - alpha."""
+    name, Config, samplers = 'Duo', Config, SAMPLERS
 
     def __init__(self, config):
-        super().__init__()
-        c = self.config = config
+        super().__init__(config)
         self.in_curriculum = False
-        self.register_buffer('gamma', gamma_range(c.vocab_size), persistent=False)
-        self.embed = nn.Embedding(c.vocab_size, c.hidden)
-        self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.block_size, dropout=c.dropout)
-        self.head = nn.Linear(c.hidden, c.vocab_size)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.register_buffer('gamma', gamma_range(config.vocab_size), persistent=False)
 
     def begin_step(self, step, noise, draw_rows):
         self.in_curriculum = step < self.config.curriculum_iters
@@ -192,10 +183,6 @@ class Duo(Method):
         """q(x_t | x_0): x (b, L), b = 1 - alpha (b,) -> x_t (b, L)."""
         words = (noise.uniform('words', x.shape[1]) * self.config.vocab_size).long()
         return torch.where(noise.uniform('keep', x.shape[1]) < b[:, None], words, x)
-
-    def states(self, e, b):
-        """The network's time is 1 - alpha: e (b, L, d), b (b,) -> (b L, d)."""
-        return self.dit(e, t=[b]).flatten(0, 1)
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""

@@ -127,9 +127,9 @@ class Config(Keys):
     dropout: float = key(0.0, at_least=0, below=1)
 
 
-class FLM(Method):
-    name, Config, likelihood = 'FLM', Config, 'bound'
-    samplers = {'euler': {}}
+class Unmasked(Method):
+    """What FLM and Duo have in common: no [mask], and a network that is told the time."""
+    likelihood = 'bound'
 
     def __init__(self, config):
         super().__init__()
@@ -137,19 +137,28 @@ class FLM(Method):
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.dit = DiT(c.hidden, c.num_layers, c.num_heads, c.cond_dim, c.block_size, dropout=c.dropout)
         self.head = nn.Linear(c.hidden, c.vocab_size)
-        self.times = Times(c.vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def states(self, e, t):
+        """Embedded text e (b, L, d), t (b,) -> (b L, d)."""
+        return self.dit(e, t=[t]).flatten(0, 1)
+
+
+class FLM(Unmasked):
+    name, Config = 'FLM', Config
+    samplers = {'euler': {}}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.times = Times(config.vocab_size)
 
     def corrupt(self, x, c, noise, name='noise'):
         """x (b, L), c (b,) -> y = z E (b, L, d). name: of the noise."""
         c = c[:, None, None]
         eps = embedded_noise(self.embed.weight, x.shape[1], lambda *shape: noise.normal(name, *shape))
         return (1 - c) * eps + c * self.embed(x)
-
-    def states(self, y, t):
-        return self.dit(y, t=[t]).flatten(0, 1)                                        # (b L, d)
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""

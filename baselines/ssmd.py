@@ -205,27 +205,20 @@ class SSMD(MDLM):
             nats[live] = q  # those after the stop will be replaced
         return {'val': nats.sum(dim=1)}
 
-    @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
-        """-> ids (n, L). x: (n, L) to start from, in which [mask]s are filled in (default: all masked).
-
-        options: temperature, top_p, and verifications of speculative, for which `steps` has no say.
-        callback(call, x, None) sees every call of the backbone.
-        """
-        o = self.sampling_options(strategy, sampler, **options)
-        if o['sampler'] == 'speculative':
+    def fill_in(self, x, steps, sampler, temperature, top_p, verifications=1, generator=None, callback=None):
+        """MDLM's; callback(call, x, None) sees every call of the backbone."""
+        if sampler == 'speculative':  # as many calls as it takes
             steps = None
         elif steps < 1:
             raise ValueError(f'steps must be at least 1, not {steps}')
-        x = self.all_masked(n) if x is None else x
         order = torch.rand(x.shape, device=x.device, generator=generator)
         order = (order + (x == self.mask_id)).argsort(dim=1)
 
         def probs(states):
             for rows, logits in head_logits(self.head, states):
-                yield rows, token_probs(logits, o['temperature'], o['top_p'])
-        return speculate(self.backbone, self.causal, probs, x, order, self.mask_id, steps,
-                         o.get('verifications'), generator, callback)
+                yield rows, token_probs(logits, temperature, top_p)
+        return speculate(self.backbone, self.causal, probs, x, order, self.mask_id, steps, verifications,
+                         generator, callback)
 
     def backbones(self):
         return [self.dit, self.block]

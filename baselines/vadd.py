@@ -110,21 +110,15 @@ class VADD(MDLM):
         active = where.any(dim=1)
         return self.head(self.states(x_t[active], z[active])[where[active]])
 
-    @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
-        """-> ids (n, L). x, options, callback: as MDLM's."""
-        options = self.sampling_options(strategy, sampler, **options)
-        del options['strategy']
-        x = self.all_masked(n) if x is None else x
-
+    def fill_in(self, x, steps, sampler, generator=None, **options):
         def draw_z():
-            return torch.randn(n, self.config.z_dim, device=x.device, generator=generator)
-        fixed = draw_z() if options['sampler'] == 'fixed_z' else None
+            return torch.randn(len(x), self.config.z_dim, device=x.device, generator=generator)
+        fixed = draw_z() if sampler == 'fixed_z' else None
 
         def denoise(x_t, where):
             return self.denoise(x_t, where, draw_z() if fixed is None else fixed)
-        return reveal_tokens(denoise, x, self.mask_id, steps, self.config.schedule, **options,
-                             generator=generator, callback=callback)
+        return reveal_tokens(denoise, x, self.mask_id, steps, self.config.schedule, sampler, **options,
+                             generator=generator)
 
     def backbones(self):
         return [self.dit, self.recognition]
