@@ -10,17 +10,17 @@ CADD: masked diffusion with a noisy hint at every masked position (Zheng et al.,
     bound       E_t  -alpha'_t / (1 - alpha_t)  sum over masked l of
                 [-log p_theta(x_l | x_t, z_t) + |w(x_l) - w_hat|^2 / (2 (1 - alpha_t))]
 
-The loss alone is no bound: the hints were read off the text, and what they cost is missing. One fair coin
-would have .336 nats instead of log 2. The second term is that cost, half of |d SNR / dt| |w - w_hat|^2, where
-SNR = alpha / (1 - alpha); with it the perfect network has the entropy. `nll` is both, down to t = T_MIN,
-where one more step reveals the rest.
+The loss alone is no bound: the hints were read off the text, and what they cost is missing. For a fair coin
+it would be .336 nats instead of log 2. The second term is that cost, half of |d SNR / dt| |w - w_hat|^2 with
+SNR = alpha / (1 - alpha); together they make the exact network's bound the entropy. `nll` is both, down to
+t = T_MIN, where one more step reveals the rest.
 
 The hints move beside the tokens, not before them. So the first step, for which they are pure noise, draws its
 tokens independently, like MDLM's; after it the hints speak for what those tokens were, right or wrong. Even
-with perfect networks, few steps are worse than MDLM's.
+with exact networks, few steps are worse than MDLM's.
 
-What is ours: hints have a few dimensions of their own, and w is standardised over the vocabulary. As large as
-the network's embeddings, they would give the tokens away at once; free to grow, too.
+Ours: hints have a few dimensions of their own, and w is standardised over the vocabulary. Hints as wide as
+the network's embeddings, or free to grow, would give the tokens away at once.
 """
 import functools
 from dataclasses import dataclass

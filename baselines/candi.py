@@ -8,20 +8,20 @@ arXiv:2510.22510).
     denoiser    a DiT that sees the tokens, the hints and t, and gives p(x_l | all of these)
     loss        MDLM's
     sampler     from t to s: z moves along its flow, z += (sigma_s / sigma_t - 1)(z - e), e the one-hot
-                of a token drawn from p (as published) or p itself; then tokens are revealed as in MDLM
+                of a token drawn from p (as published), or p itself; then tokens are revealed as in MDLM
     bound       MDLM's + E_t  1/2 |d(1 / sigma^2) / dt|  sum over masked l of  |e_x - p|^2
                 + 1 / (2 sigma_1^2) for each token, as the sampler starts from N(0, sigma_1^2); ours
 
-MDLM's loss alone is no bound: it scores tokens given hints that are free. The network and the sampler need z
-only as z E, E being the embedding with rows of length 1; as in baselines/flm.py nothing has shape (b, L, V).
-Read in this order: sigma, hinted, class CANDI.
+MDLM's loss alone is no bound: it does not pay for the hints that the tokens are given. The network and the
+sampler need z only as z E, E being the embedding with rows of length 1; as in baselines/flm.py nothing has
+shape (b, L, V). Read in this order: sigma, hinted, class CANDI.
 
-Where we differ from the released code, whose faults these are: it divides a step by sigma^2 of the next time,
-and tells the network the next sigma; here both are of the time that the hints have. It reveals where noise
-over V + 1 words happens to hit x, at V = 2 a third of what should stay masked; here a coin decides. Its sigma
-has a factor (d - 1) / d and no value below .2, wrong 1.3 to 7.6 times at V = 2; here it is the formula above.
-Its steps have length 1 / N on a grid that starts at .999, and t is at most .999; here N steps go from 1 to 0.
-A step is linear in sigma^2 in the paper, eq. (14); linear in sigma it is better if the noise is wide.
+Where we differ from the released code, which has these faults: it divides a step by sigma^2 of the next time,
+and tells the network the next sigma; here both belong to the time that the hints have. It reveals a token
+wherever noise over V + 1 words happens to hit it, at V = 2 a third of those that should stay masked; here a
+coin decides. Its sigma has a factor (d - 1) / d and stays above .2, at V = 2 wrong by factors of 1.3 to 7.6;
+here it is the formula above. Its steps have length 1 / N on a grid that starts at .999; here N steps go from
+1 to 0. In the paper, eq. (14), a step is linear in sigma^2; linear in sigma is better if the noise is wide.
 """
 import math
 from dataclasses import dataclass
@@ -90,8 +90,8 @@ class CANDI(MDLM):
         return self.dit(e, t=[t])
 
     def noised_states(self, x, t, noise):
-        x_t, mask = self.corrupt(x, t, noise)
-        E = self.rows()
+        """As MDLM's."""
+        (x_t, mask), E = self.corrupt(x, t, noise), self.rows()
         eps = embedded_noise(E, x.shape[1], lambda *shape: noise.normal('noise', *shape))
         y = E[x] + self.sigma(t)[0][:, None, None] * eps                               # z E, (b, L, d)
         return self.states(x_t, y, t), mask

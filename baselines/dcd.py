@@ -1,21 +1,21 @@
 """
-DCD: discrete copula diffusion (Liu et al., 2025, arXiv:2410.01949). No training: an MDLM and an AR that are
-there already, of the same texts, draw together.
+DCD: discrete copula diffusion (Liu et al., 2025, arXiv:2410.01949). No training: an MDLM and an AR, which
+were trained on the same texts, draw together.
 
-    MDLM        knows what p(x_l | x_t) is at every masked place, whatever stands to its right, but in one
+    MDLM        knows p(x_l | x_t) at every masked place, from what stands to its left and right, but in one
                 step it draws all of them independently
     AR          knows how tokens depend on one another, but not what stands to the right
     copula      p*(x) = p_AR(x) prod_l e^{V_l(x_l)}, with V such that the marginals are p(x_l | x_t): of all
-                laws with these marginals it is the nearest to p_AR, and it has its dependence
+                laws with these marginals it is the nearest to p_AR, whose odds ratios it has
     rule        a guess of V that needs no iteration. From left to right, at every masked place,
                 log q(x_l) = log p_AR(x_l | x_<l) + log p(x_l | x_t) - log p(x_l | visible tokens of x_t
                 left of l) + constant: what MDLM knows from the right
-    sampler     each step of MDLM's draws the whole text so, and reveals of it what MDLM would reveal
+    sampler     MDLM's, except that a step draws the whole text by this rule, and then reveals a part of it
 
 p(x_l | visible tokens left of l) comes from the same MDLM, by causal attention, for which it was not trained.
 If all networks are exact, so is the rule, unless a visible token has two masked ones to its left: then the
-second of these is drawn as if the first one changed nothing in what the right says about it. Even so the rule
-is nearer to the truth than independent draws, in the mean of random laws (tests/test_dcd.py).
+second of these is drawn as if the first one changed nothing in what the right says about it. Even then the
+rule is nearer to the truth than independent draws, on average over random laws (tests/test_dcd.py).
 
     python sample.py --out_dir=out/MDLM --copula=out/AR --steps=4 --start="ROMEO: [MASK:40] Juliet!"
 

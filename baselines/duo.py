@@ -7,23 +7,23 @@ arXiv:2506.10892; the psi-sampler and the cheap curriculum: Deschenaux et al., 2
     denoiser    a DiT that sees z = x_t and t; p = p_theta(x_l | z without z_l), at every position
     loss        E_t  sum over l of  -alpha' / (V alpha) sum_j (r_j - s_j + s_j log(s_j / r_j)),
                 s_j = q_j / q_z with q = V alpha e_x + 1 - alpha, and r_j the same with p for e_x
-    curriculum  in the first steps the input is a mixture of embeddings, softmax((m e_x + eps) s / tau);
-                its largest entry is x_t: m is chosen so that it is x as often
+    curriculum  in the first training steps the input is a mixture of embeddings, weighted by
+                softmax((m e_x + eps) s / tau). The heaviest word is x_t; m makes it x as often as above
     sampler     from t to s draw q(x_s | x_t, x_0 = p), starting from uniform words; psi: with probability
                 1 - kappa draw x_0 instead and noise it again, which keeps the law of x_t
 
-That p must leave out what it sees at l is no choice: the loss is least there, and then it is -log p(x)
-itself. p(x_l | all of z) is the reverse step to alpha_s = 1. Read in this order: the loss, the curriculum,
-the samplers, class Duo.
+That p leaves out what it sees at l is not up to us: this p has the least loss, for which the bound is
+-log p(x) itself. p(x_l | all of z) is the reverse step to alpha_s = 1. Read in this order: the loss, the
+curriculum, the samplers, class Duo.
 
 Where we differ from the released code: the bound includes the prior's share, .0030 nats per token at 50,000
 words. The curriculum draws the few largest of V normals by order statistics, as their cheap one does; but
-theirs calls x_t = x whenever x is among those few, here it is when x is the largest. (P(x_t = x) is .55 there
-for k = 5 where .36 is right.) alpha' is a derivative, not a rounded difference. N steps are N calls: the last
+theirs sets x_t = x whenever x is among those few, ours only when x is the largest. (For k = 5, P(x_t = x) is
+.55 there where .36 is right.) alpha' is a derivative, not a rounded difference. N steps are N calls: the last
 one ends at alpha = 1. psi_rescale takes eta times the largest sigma, as ReMDM does; theirs, the smaller of
-eta and that sigma. The greedy tail, with which they report results, is an option: argmax of p, which leaves
-out z_l, overwrites tokens that are certain; entropy and Gen PPL fall, and the law of the samples is another
-one. The distillation is in duo_distilled.py.
+eta and that sigma. The greedy tail, with which they report results, is an option. The argmax of p, which
+leaves out z_l, overwrites tokens that are certain: entropy and Gen PPL fall, and the samples have another
+law. The distillation is in duo_distilled.py.
 """
 import math
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def prior_nats(V):
 # the curriculum
 
 def gamma_range(V, alphas=(0.945, 0.049)):
-    """OpenWebText's and LM1B's, as the same two alphas for any V: least noise, most noise, (2,)."""
+    """gamma at the least noise and at the most, (2,): by the alphas that both of the paper's ranges have."""
     return -2 * mean_at(torch.tensor(alphas), V).log().float()
 
 

@@ -3,7 +3,7 @@ Duo's distillation (Discrete Consistency Distillation; Sahoo et al., 2025, arXiv
 to say at time t what its teacher, a trained Duo, says at s < t on the same path.
 
     path        x_t = argmax(m_t e_x + eps), the same normals eps at all times: as t falls, a token changes at
-                most once, and to x; between t and s with probability (alpha_s - alpha_t) / (1 - alpha_t)
+                most once, and to x. From t to s it does with probability (alpha_s - alpha_t) / (1 - alpha_t)
     loss        E_t  sum over l of  KL(p_theta(x_l | x_t) | p_teacher(x_l | x_s)),  s = t - gap
     rounds      every round_iters steps the teacher becomes a copy of the student, and the gap doubles
 

@@ -2,22 +2,22 @@
 FLM: a flow from noise to one-hot tokens (Lee et al., 2026, arXiv:2602.16813).
 
     forward     z = (1 - c) eps + c e_x, one-hot e_x, eps ~ N(0, I); c = g(t) is chosen so that the largest
-                entry of z is the token itself with probability t + (1 - t) / V: time is what one can tell
+                entry of z is the token itself with probability t + (1 - t) / V
     denoiser    a DiT that sees z E, E being the embedding, and t, and gives p(x_l | z) at every position
     loss        E_t  sum over all l of  -log p_theta(x_l | z),  without weights
     sampler     the flow itself, dz/dc = (p - z) / (1 - c), by Euler's rule from t = 0; at the end,
                 the likeliest tokens. Nothing is random after the start.
     bound       -log p(x) <= integral of m E|e_x - p|^2 dm + E[-log p(x | z at the end)], m = c / (1 - c);
-                ours, and that of the flow with noise, not of the sampler above
+                ours, of the flow with noise in every step, not of the sampler above
 
-The network and the sampler need z only as y = z E, and all of it is linear in z. So nothing has shape
+The network and the sampler need z only as y = z E, and every step is linear in z. So nothing has shape
 (b, L, V): noise is drawn in the d dimensions of the embedding, and p becomes its mean embedding p E, a
 few rows at a time. Read in this order: identified, Times, euler, class FLM.
 
 Where we differ from the released code: its states are (b, L, V) in fp32, 12 GiB for 64 texts of 1024 words.
 Its g is a spline through 100-point quadrature, which is off by 1e-4 and negative near t = 0; ours is
-quadrature to 1e-11. Its attention has a soft cap of 50, and its time is fed unscaled. No likelihood is
-published. The distillation to a flow map (FMLM) is not here.
+quadrature to 1e-11. Its attention has a soft cap of 50, and its time embedding takes t, ours 1000 t. It has
+no likelihood. The distillation to a flow map (FMLM) is not here.
 """
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ from model import DiT, head_cross_entropy, head_logits, head_nll
 # what can be told from noise
 
 def identified(m, V):
-    """How surely the true one of V coordinates is the largest, if its mean is m and all have variance 1.
+    """How surely the true one of V coordinates is the largest: its mean is m, the others' 0, all variances 1.
 
     alpha(m) = (V P - 1) / (V - 1), P the probability of being largest: 0 if it is a guess, 1 if it is sure.
     m (...,) -> alpha and its derivative, fp64 (...,)
@@ -45,7 +45,7 @@ def identified(m, V):
 
 
 def mean_at(alpha, V):
-    """The inverse of `identified`, by bisection: alpha (...,) -> m, fp64 (...,)."""
+    """The inverse of alpha(m), by bisection: alpha (...,) -> m, fp64 (...,)."""
     low = torch.zeros_like(alpha, dtype=wide(alpha.device))
     high = torch.full_like(low, 20.0)
     for _ in range(50):

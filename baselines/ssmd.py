@@ -19,14 +19,14 @@ So a call of the DiT yields as many tokens as draft and target agree on: all of 
 and again, one draft gets the law of the targets, a little autoregressive model on top of h; but if every
 draft is new, the law is F and no product of targets, because q depends on i.
 
-That the sampler writes x with the same stops as a walk has the walk's probability times its product of q_i.
-So F_0 is the mean of that product over walks, and the bound is Jensen's inequality. It takes as many calls as
-a sample, where F takes L, and it is -log p(x) itself if the networks are exact.
+The probability that the sampler writes x and stops where a walk does is the walk's own times its product of
+q_i. So F_0 is the mean of that product over walks, and the bound is Jensen's inequality. It takes as many
+calls as a sample, where F takes L, and it is -log p(x) itself if the networks are exact.
 
 Ours are the bound, the [mask] that the first place reads, and the window: with `steps` calls, each of them
 fills an equal part, and its draft is verified until it has. (The paper's is a cosine.) So are the angles of
-RoPE: a query's are of the place that it predicts, a key's of the place that it reads. With halves of both in
-each, as the paper is said to have them, they do not tell how far apart these are (see RESULTS.md).
+RoPE: a query has those of the place that it predicts, a key those of the place that it reads. With half of
+each in both, as we understand the paper, they do not tell how far apart the two are (see RESULTS.md).
 
 Read in this order: verify, speculate, class SSMD.
 """

@@ -7,18 +7,18 @@ VADD: masked diffusion in which every step draws a latent first (Xie et al., 202
     loss         E_t  -alpha'_t / (1 - alpha_t)  [sum over masked l of -log p_theta(x_l | x_t, z)
                                                   + lambda KL(r || N(0, I))],  z ~ r;  lambda rises to 1
     sampler      MDLM's, with a new z for every text and step; fixed_z keeps the first one
-    bound        the chain of T steps that the sampler is, each with its z: if x_s is what a step reveals of
-                 x_t at the places S, T E[sum over S of -log p_theta(x_l | x_t, z) + KL(r(z | x_s, x_t) || p)]
+    bound        of the chain of T steps that the sampler is: if a step makes x_s of x_t at the places S,
+                 T E[sum over S of -log p_theta(x_l | x_t, z) + KL(r(z | x_s, x_t) || N(0, I))]
 
 MDLM draws the tokens of one step independently. Here they share z, which is drawn before them: one step can
-write any law. But then the loss is no bound on the likelihood. It stands for -log p(x_S) of a small random
-share rho of the masked places by rho times that of all, which is right for a product and too little for a
-mixture: for a fair coin and its copy the perfect network has a loss of log(2) / 2, half of the entropy. So
-`nll` is the bound instead. It is ours, valid for any recognition, and tight for the perfect one. Training by
+write any law. But then the loss is no bound on the likelihood. For revealing S, a small random share rho of
+the masked places, it counts rho times the nats of all of them, which is right for a product and too little
+for a mixture: for a fair coin and its copy the exact network has a loss of log(2) / 2, half of the entropy.
+So `nll` is the bound instead. It is ours, valid for any recognition, and tight for the exact one. Training by
 the loss is fine: at every t it is the bound of writing all that is masked at once.
 
-Ours, too: z is the same for all positions, and RoPE tells only distances. If all tokens are masked, all
-positions would be alike, so each has a vector of its own. The recognition is a mean over masked positions.
+Ours, too: each position has a vector of its own, since z is the same for all, and RoPE tells only distances:
+where all tokens are masked, positions would be alike. The recognition is a mean over masked positions.
 """
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@ VADD on sawtooth: the network, texts and optimizer of sawtooth_mdlm.py, and a re
 
 In half of the texts everything is masked. In most others the visible tokens say more about the shift than z
 could, and then the recognition learns nothing; nor does it if lambda is 1 from the start. z has two
-dimensions: with more, the shifts that z from N(0, I) stands for are further from even (see RESULTS.md).
+dimensions: with more, z from N(0, I) stands for some shifts far more often than for others (see RESULTS.md).
 """
 dataset = 'sawtooth'
 method = 'vadd'

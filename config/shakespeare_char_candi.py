@@ -5,7 +5,7 @@ CANDI on Tiny Shakespeare by characters: the network, texts and optimizer of sha
     python train.py config/shakespeare_char_candi.py
     python sample.py --out_dir=out/shakespeare_char_candi --steps=128
 
-Of the bound .455 nats per token are the price of the start: see baselines/candi.py.
+Of its bound, .455 nats per token are the price of the start: see baselines/candi.py.
 """
 dataset = 'shakespeare_char'
 method = 'candi'

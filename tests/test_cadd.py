@@ -1,4 +1,4 @@
-"""baselines/cadd.py against MDLM, Bayes' rule, and the entropies of a few bits with perfect networks.
+"""baselines/cadd.py against MDLM, Bayes' rule, and the entropies of a few bits with exact networks.
 
 Statistical bounds are 4.5 standard errors, those of SWD 4 standard deviations of one draw; seeds are fixed.
 """
@@ -108,10 +108,10 @@ def test_the_first_step_is_blind_and_the_last_one_moves_no_hint():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the bound, of perfect networks
+# the bound, of exact networks
 
 class Bits(CADD):
-    """The perfect CADD of texts of L equal bits, which are 1 with probability p; w is -1 or 1."""
+    """The exact CADD of texts of L equal bits, which are 1 with probability p; w is -1 or 1."""
 
     def __init__(self, L, p):
         super().__init__(Config(2, L, hint_dim=1, hidden=2, num_layers=1, num_heads=1, cond_dim=2))

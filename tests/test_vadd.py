@@ -1,4 +1,4 @@
-"""baselines/vadd.py against closed forms, perfect networks and averages over the prior.
+"""baselines/vadd.py against closed forms, exact networks and averages over the prior.
 
 Statistical bounds are 4.5 standard errors, those of SWD 4 standard deviations of one draw; seeds are fixed.
 """
@@ -84,7 +84,7 @@ def test_positions_differ_where_all_is_masked():
 # two coins that are always equal
 
 class Equal(VADD):
-    """The perfect VADD of the texts 00 and 11: the sign of z is the token."""
+    """The exact VADD of the texts 00 and 11: the sign of z is the token."""
 
     def __init__(self, **keys):
         super().__init__(Config(2, 2, hidden=2, num_layers=1, num_heads=1, cond_dim=2, z_dim=1, **keys))
@@ -111,7 +111,7 @@ def test_one_step_writes_tokens_that_agree(sampler):
 
 @pytest.mark.parametrize('T', [1, 2, 4])
 def test_the_loss_is_below_the_entropy_and_the_bound_is_not(T):
-    """Of the perfect network: log(2) / 2 and log 2, nats per text. So the loss is no likelihood."""
+    """Of the exact network: log(2) / 2 and log 2, nats per text. So the loss is no likelihood."""
     n = 40_000
     x = texts(n, 2, 1).expand(n, 2)
     method = Equal(weighting='elbo', bound_steps=T)
@@ -155,7 +155,7 @@ def test_the_bound_is_above_what_the_sampler_writes(T):
 # sawtooth
 
 class Shift(VADD):
-    """The perfect VADD of sawtooth: z says the shift, as a quantile of its posterior."""
+    """The exact VADD of sawtooth: z says the shift, as a quantile of its posterior."""
 
     def __init__(self, **keys):
         super().__init__(Config(2, 128, hidden=2, num_layers=1, num_heads=1, cond_dim=2, **keys))
@@ -176,7 +176,7 @@ class Shift(VADD):
 
 
 @pytest.mark.parametrize('T', [1, 2, 4, 8])
-def test_the_bound_of_the_perfect_network_is_the_entropy(T):
+def test_the_bound_of_the_exact_network_is_the_entropy(T):
     """.5303 nats per token, on the same texts, however many steps."""
     x, n = Sawtooth().batch(0, 0, torch.arange(2048))[0], 2048
     nats = (Shift(bound_steps=T).nll(x, whole(n)) - Exact(64).nll(x)).double() / 128
@@ -184,7 +184,7 @@ def test_the_bound_of_the_perfect_network_is_the_entropy(T):
 
 
 class NoShift(Shift):
-    """The perfect MDLM: z says nothing."""
+    """The exact MDLM: z says nothing."""
 
     def recognise(self, x_s, revealed, noise):
         return None, torch.zeros(len(x_s))
@@ -195,13 +195,13 @@ class NoShift(Shift):
 
 
 @pytest.mark.parametrize('T, bound', [(1, 0.6931), (2, 0.6047), (4, 0.5651), (8, 0.5453)])
-def test_the_bound_of_the_perfect_mdlm_pays_for_its_steps(T, bound):
+def test_the_bound_of_the_exact_mdlm_pays_for_its_steps(T, bound):
     x, n = Sawtooth().batch(0, 0, torch.arange(2048))[0], 2048
     nats = NoShift(bound_steps=T).nll(x, whole(n)).double() / 128
     assert abs(float(nats.mean()) - bound) < 4.5 * float(nats.std()) / n**0.5 + 1e-4 < 0.02
 
 
-def test_the_loss_of_the_perfect_network_is_below_the_entropy():
+def test_the_loss_of_the_exact_network_is_below_the_entropy():
     """.5167 +- .0014 nats per token, by another program."""
     n, method = 8192, Shift(weighting='elbo')
     x, noise = Sawtooth().batch(0, 0, torch.arange(n))[0], whole(n)
