@@ -189,7 +189,7 @@ class Duo(flm.Unmasked):
         c, t = self.config, noise.times('t')
         if self.in_curriculum:
             ids, weights, alpha, slope = curriculum(x, t, self.gamma, c.tau, c.top_k, noise, c.vocab_size)
-            z = ids.gather(2, weights[..., :2].argmax(dim=-1, keepdim=True))[..., 0]
+            z = ids.gather(2, weights[..., :2].argmax(dim=-1, keepdim=True))[..., 0]   # the heaviest
             e = sum(w[..., None] * self.embed(i) for w, i in zip(weights.unbind(2), ids.unbind(2)))
             b, rate = 1 - alpha, -slope
         else:

@@ -38,12 +38,9 @@ class MaskGIT(mdlm.MDLM):
     name, Config = 'MaskGIT', Config
     samplers = {'confident': mdlm.DRAW, **mdlm.SAMPLERS}
 
-    @torch.no_grad()
-    def sample(self, n, steps, strategy='', sampler='', x=None, generator=None, callback=None, **options):
-        options = self.sampling_options(strategy, sampler, **options)
-        if options['sampler'] != 'confident':
-            return super().sample(n, steps, x=x, generator=generator, callback=callback, **options)
-        x = self.all_masked(n) if x is None else x
-        draw = functools.partial(mdlm.draw_tokens, temperature=options['temperature'], top_p=options['top_p'])
-        noise = self.config.choice_noise
+    def fill_in(self, x, steps, sampler, generator=None, callback=None, **options):
+        if sampler != 'confident':
+            return super().fill_in(x, steps, sampler=sampler, generator=generator, callback=callback,
+                                   **options)
+        draw, noise = functools.partial(mdlm.draw_tokens, **options), self.config.choice_noise
         return confident(self.denoise, x, steps, self.mask_id, noise, draw, generator, callback)
