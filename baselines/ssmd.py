@@ -178,9 +178,9 @@ class SSMD(MDLM):
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
         t = times_from(1e-4, noise.times('t_x', shuffled=False))
-        x_t, mask = self.corrupt(x, t, noise)
+        h, mask = self.noised_states(x, t, noise)
         order = (noise.uniform('order', x.shape[1]) + mask).argsort(dim=1)
-        y, mask, h = x.gather(1, order), mask.gather(1, order), along(self.backbone(x_t), order)
+        y, mask, h = x.gather(1, order), mask.gather(1, order), along(h, order)
         draft, overflow = self.token_loss(h, y, mask, t)
         target, _ = self.token_loss(self.causal(y, h, order), y, mask, t)
         loss = draft + target
