@@ -12,7 +12,7 @@ arXiv:2506.10892; the psi-sampler and the cheap curriculum: Deschenaux et al., 2
     sampler     from t to s draw q(x_s | x_t, x_0 = p), starting from uniform words; psi: with probability
                 1 - kappa draw x_0 instead and noise it again, which keeps the law of x_t
 
-That p leaves out what it sees at l is not up to us: this p has the least loss, for which the bound is
+That p leaves out what it sees at l is not up to us: this p has the least loss, and with it the bound is
 -log p(x) itself. p(x_l | all of z) is the reverse step to alpha_s = 1. Read in this order: the loss, the
 curriculum, the samplers, class Duo.
 
@@ -70,7 +70,7 @@ def prior_nats(V):
 # the curriculum
 
 def gamma_range(V, alphas=(0.945, 0.049)):
-    """gamma at the least noise and at the most, (2,): by the alphas that both of the paper's ranges have."""
+    """gamma at the least noise and at the most, (2,), by the alphas of the paper's two ranges."""
     return -2 * mean_at(torch.tensor(alphas), V).log().float()
 
 
