@@ -57,7 +57,7 @@ class Config(Keys):
     learning_rate: float = key(3e-4, at_least=0)
     warmup_iters: int = key(0, at_least=0)  # steps of linear warmup
     decay_lr: str = key('constant', choices=('constant', 'cosine', 'linear'))  # after warmup
-    min_lr: float = key(0.0, at_least=0, only={'decay_lr': ('cosine', 'linear')})  # last rate, over the first
+    min_lr: float = key(0.0, at_least=0, only={'decay_lr': ('cosine', 'linear')})  # last rate / learning_rate
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     adam_eps: float = key(1e-8, at_least=0)
