@@ -142,12 +142,14 @@ class Config(mdlm.Config):
     unit_norm: bool = key(True, only=CO, meaning=True)  # scale each latent to latent_length, LADD eq. (75)
     # the paper's length is 1; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
     latent_length: float = key(1.0, above=0, only=CO | {'unit_norm': True}, meaning=True)
-    # blocks of a latent denoiser for sequential sampling; 0: the MM-DiT does it, with all tokens masked
+    # blocks of a latent denoiser for sequential sampling, as the paper's Co-LADD has one; 0: the MM-DiT does
+    # it, with all tokens masked
     latent_layers: int = key(0, at_least=0)
     # the loss
     lambda_x: float = key(1.0, at_least=0)
     lambda_z: float = key(1.0, at_least=0)
-    times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or drawn on its own
+    # t_z = t_x, as in joint sampling | independent: drawn on its own, which sequential sampling needs
+    times: str = key('same', choices=('same', 'independent'))
     p_drop: float = key(0.0, at_least=0, at_most=1, only=CO)  # probability that a text loses its latent
     encoder_dropout: bool = False  # hide masked tokens from the encoder, too, at a rate of U[0, .9] per text
     # in stage 2, the shares of texts with t_x = 1, with t_z = 0, and with t_z = 1 (our choice)

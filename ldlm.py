@@ -97,8 +97,8 @@ def ddim(denoise, z, steps, d=3.0, callback=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# adaptive times: LDLM section 5.3. With a density of t proportional to the slope of the loss, the loss is
-# linear in the quantile of t
+# adaptive times: LDLM section 5.3, after Dieleman et al., 2022, arXiv:2211.15089. With a density of t
+# proportional to the slope of the loss, the loss is linear in the quantile of t
 
 class AdaptiveTimes(nn.Module):
     """Times from bins of equal width, with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
