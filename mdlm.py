@@ -69,7 +69,7 @@ def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits (R, V) -> int64 (R,).
 
     temperature 0 takes the likeliest token; top_p < 1 keeps the nucleus: the fewest tokens whose
-    probabilities add up to top_p.
+    probabilities add up to at least top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
