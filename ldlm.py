@@ -274,7 +274,7 @@ class Config(Keys):
     adaptive_bins: int = key(100, at_least=2, only=ADAPTIVE)  # this and the next two [second-hand]
     adaptive_memory: float = key(0.999, at_least=0, at_most=1, only=ADAPTIVE)  # per step
     adaptive_every: int = key(5000, at_least=1, only=ADAPTIVE)  # steps between new probabilities
-    adaptive_floor: float = key(0.1, at_least=0, only=ADAPTIVE)  # least rise of a bin, in mean rises [choice]
+    adaptive_floor: float = key(0.1, at_least=0, only=ADAPTIVE)  # least rise of a bin, over the mean [choice]
     # what is trained: joint: everything | autoencoder: latent encoder and decoder, token decoder | diffusion:
     # the denoiser | decoder: the token decoder; --init_from=out/OTHER brings what is frozen
     stage: str = key('joint', choices=('joint', 'autoencoder', 'diffusion', 'decoder'), meaning=True)
