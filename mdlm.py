@@ -268,7 +268,7 @@ class MDLM(Method):
         return self.fill_in(x, steps, **options, generator=generator, callback=callback)
 
     def fill_in(self, x, steps, **options):
-        """`sample` from x (n, L) on, with all its options: what a subclass does differently."""
+        """`sample` from a given x (n, L), with its options. A subclass with other samplers overrides it."""
         return reveal_tokens(self.denoise, x, self.mask_id, steps, self.config.schedule, **options)
 
     def denoiser_calls(self, steps, sampler='', **options):
