@@ -12,8 +12,9 @@ Two ways to sample: *joint* moves both channels at every step; *sequential* make
 tokens are masked, and then the tokens given the clean latent. Two stages of training: first encoder,
 quantizer and token denoiser (lambda_z = 0), so that the latent learns to be useful; then encoder and
 codebook are frozen and everything else learns the full objective. A pretrained encoder is frozen from the
-start: Co-LADD then begins with the second stage, Di-LADD with the first, for its quantizer. Read in this
-order: latent schedules, samplers, the two channels, class LADD, encoders, quantizer.
+start: Co-LADD then begins with the second stage, Di-LADD with the first, for its quantizer. (An optional
+third stage, our experiment, trains a separate latent denoiser alone.) Read in this order: latent schedules,
+samplers, the two channels, class LADD, encoders, quantizer.
 """
 import functools
 from dataclasses import dataclass
@@ -127,12 +128,12 @@ class Config(mdlm.Config):
     latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
     num_latents: int = key(1, at_least=1, meaning=True)  # M
     latent_dim: int = key(32, at_least=1)  # D
-    # where attention finds them: behind the text, or each in the middle of the piece that it is about, the
-    # M-th part of the text (our experiment)
+    # where RoPE places them: behind the text, or each in the middle of its piece, one of M equal pieces of
+    # the text (our experiment)
     latents: str = key('behind', choices=('behind', 'spread'), meaning=True)
     latent_schedule: str = key('vp_sqrt', meaning=True)  # see Vectors.schedules and Codes.schedules
     codebook_size: int = key(511, at_least=1, only=DI)  # K; the paper's 512 counts the mask
-    vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; small batches need more
+    vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; higher for small batches
     dead_below: float = key(2.0, above=0, only=DI)  # a code chosen less often than this per batch restarts
     # '' for a learned encoder, or the name of a frozen one: hub id, folder, or out/NAME of our AR
     encoder: str = key('', meaning=True)
@@ -141,15 +142,17 @@ class Config(mdlm.Config):
     unit_norm: bool = key(True, only=CO, meaning=True)  # scale each latent to latent_length, LADD eq. (75)
     # the paper's length is 1; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
     latent_length: float = key(1.0, above=0, only=CO | {'unit_norm': True}, meaning=True)
-    # blocks of a latent denoiser for sequential sampling; 0: the MM-DiT does it, with all tokens masked
+    # blocks of a latent denoiser for sequential sampling, as the paper's Co-LADD has one; 0: the MM-DiT does
+    # it, with all tokens masked
     latent_layers: int = key(0, at_least=0)
     # the loss
     lambda_x: float = key(1.0, at_least=0)
     lambda_z: float = key(1.0, at_least=0)
-    times: str = key('same', choices=('same', 'independent'))  # t_z = t_x, or drawn on its own
+    # t_z = t_x, as in joint sampling | independent: drawn on its own, which sequential sampling needs
+    times: str = key('same', choices=('same', 'independent'))
     p_drop: float = key(0.0, at_least=0, at_most=1, only=CO)  # probability that a text loses its latent
     encoder_dropout: bool = False  # hide masked tokens from the encoder, too, at a rate of U[0, .9] per text
-    # in stage 2, the share of texts with t_x = 1, t_z = 0 and t_z = 1 (our choice)
+    # in stage 2, the shares of texts with t_x = 1, with t_z = 0, and with t_z = 1 (our choice)
     p_start: float = key(0.0, at_least=0, at_most=1)
     p_clean: float = key(0.0, at_least=0, at_most=1)
     p_noise: float = key(0.0, at_least=0, at_most=1)
@@ -203,7 +206,7 @@ class Vectors:
         return z
 
     def time(self, t):
-        """What the network is told: Gaussian latents do not show their noise level, so their time."""
+        """What the network is told of t: t itself, since a vector does not show how noisy it is."""
         return t
 
     def corrupt(self, z_0, t, noise):
@@ -288,7 +291,7 @@ class Codes:
         return torch.cat((self.quantizer.codebook, self.z_mask[None]))[z]
 
     def time(self, t):
-        """Nothing: the [mask]s already show how noisy the codes are."""
+        """Nothing of t: the [mask]s already show how noisy the codes are."""
         return None
 
     def corrupt(self, z_0, t, noise):

@@ -9,8 +9,9 @@ arXiv:2605.07933).
     z_t = alpha_t z + sigma_t eps,  z_hat = denoiser(z_t, t, earlier z_hat)
     loss = |z_hat - z|^2 + |h_hat - h|^2 - log p(x | h_hat)                             LDLM eq. (1) - (4)
 
-With this loss alone the encoder shrinks its latents until they are trivial to denoise. Four parts of the
-recipe prevent that, each with its own key:
+The loss is a mean over tokens, and the squares are means over coordinates, too. Minimised as it stands, it
+lets the encoder shrink the latents until they are trivial to denoise. The paper's recipe against that and for
+better samples has four parts, each with its own key (RESULTS.md takes away one at a time):
     reconstruction='mse'   the states h, not the tokens, are what the encoder has to keep, so latents of
                            similar states may be similar
     encoder_warmup         the encoder feels the denoiser's loss times gamma, which rises from 0 to 1; the
@@ -96,8 +97,8 @@ def ddim(denoise, z, steps, d=3.0, callback=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# adaptive times: LDLM section 5.3. With a density of t proportional to the slope of the loss, the loss is
-# linear in the quantile of t
+# adaptive times: LDLM section 5.3, after Dieleman et al., 2022, arXiv:2211.15089. With a density of t
+# proportional to the slope of the loss, the loss is linear in the quantile of t
 
 class AdaptiveTimes(nn.Module):
     """Times from bins of equal width, with probability p_i ~ the rise of the loss over bin i, LDLM eq. (5).
@@ -264,7 +265,8 @@ class Config(Keys):
     reconstruction: str = key('mse', choices=('mse', 'ce', 'both'),
                               only=[{'stage': TRAINS_AUTOENCODER, 'latent_encoder': Not(['none'])},
                                     {'stage': TRAINS_AUTOENCODER, 'token_encoder': 'scratch'}])
-    # steps in which gamma rises to 1; 0: none [paper, for its ablations]; for trained latents
+    # steps in which gamma rises to 1, as many as in the paper's ablations [paper]; 0: no warmup. Only where
+    # latents are trained
     encoder_warmup: int = key(10000, at_least=0, only=[{'stage': 'joint', 'latent_encoder': Not(['none'])},
                                                        {'stage': 'joint', 'token_encoder': 'scratch'}])
     adaptive_t: bool = key(True, only={'stage': TRAINS_DENOISER})
@@ -272,9 +274,9 @@ class Config(Keys):
     adaptive_bins: int = key(100, at_least=2, only=ADAPTIVE)  # this and the next two [second-hand]
     adaptive_memory: float = key(0.999, at_least=0, at_most=1, only=ADAPTIVE)  # per step
     adaptive_every: int = key(5000, at_least=1, only=ADAPTIVE)  # steps between new probabilities
-    adaptive_floor: float = key(0.1, at_least=0, only=ADAPTIVE)  # least rise of a bin, in mean rises [choice]
-    # what is trained: joint | autoencoder | diffusion: all but the autoencoder | decoder: only the token
-    # decoder; --init_from=out/OTHER brings the part that is frozen
+    adaptive_floor: float = key(0.1, at_least=0, only=ADAPTIVE)  # least rise of a bin, over the mean [choice]
+    # what is trained: joint: everything | autoencoder: latent encoder and decoder, token decoder | diffusion:
+    # the denoiser | decoder: the token decoder; --init_from=out/OTHER brings what is frozen
     stage: str = key('joint', choices=('joint', 'autoencoder', 'diffusion', 'decoder'), meaning=True)
     token_loss: bool = key(True, only={'stage': TRAINS_AUTOENCODER})  # False: left for stage=decoder
     # share of places whose h the encoder does not see in training (the smoothing of COSMOS) [choice]

@@ -54,7 +54,7 @@ def time_grid(steps, device=None):
 
 
 def wide(device):
-    """The paper samples in fp64, which Apple's GPUs do not have."""
+    """The dtype of sampling: fp64, as in the LADD paper, or fp32 on Apple's GPUs, which have no fp64."""
     return torch.float32 if torch.device(device or 'cpu').type == 'mps' else torch.float64
 
 
@@ -69,7 +69,7 @@ def draw_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     """One token for each row of logits (R, V) -> int64 (R,).
 
     temperature 0 takes the likeliest token; top_p < 1 keeps the nucleus: the fewest tokens whose
-    probabilities add up to top_p.
+    probabilities add up to at least top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -170,7 +170,7 @@ class Config(Keys):
     cond_dim: int = key(128, at_least=1)
     dropout: float = key(0.0, at_least=0, below=1)
     schedule: str = key('linear', choices=('linear', 'polynomial', 'geometric'))
-    # elbo: -alpha'/(1-alpha) | constant: 1, the paper's choice on text
+    # elbo: -alpha'/(1-alpha) | constant: 1, the LADD paper's choice on text, for MDLM, too
     weighting: str = key('elbo', choices=('elbo', 'constant'))
 
 
@@ -205,7 +205,7 @@ class MDLM(Method):
 
     def forward(self, x, noise):
         """Training loss per token of x (b, L) int64, and logs."""
-        # t >= 1e-4, as in the official code, keeps the weight 1/t finite
+        # t >= 1e-4, as in the official code of LADD, keeps the weight 1/t finite
         t = times_from(1e-4, noise.times('t_x', shuffled=False))
         h, mask = self.noised_states(x, t, noise)                                      # (b, L, d), (b, L)
         loss, overflow = self.token_loss(h, x, mask, t)
@@ -268,7 +268,7 @@ class MDLM(Method):
         return self.fill_in(x, steps, **options, generator=generator, callback=callback)
 
     def fill_in(self, x, steps, **options):
-        """`sample` from x (n, L) on, with all its options: what a subclass does differently."""
+        """`sample` from a given x (n, L), with its options. A subclass with other samplers overrides it."""
         return reveal_tokens(self.denoise, x, self.mask_id, steps, self.config.schedule, **options)
 
     def denoiser_calls(self, steps, sampler='', **options):
@@ -294,8 +294,9 @@ def masked_rows(mask, stratified=True):
     """Row numbers of the masked positions of mask (b, L), in a number of slots that is fixed beforehand.
 
     A fixed shape keeps the step free of host synchronisation and recompilation. For stratified times the
-    number of slots is the mean count, plus the most that the common offset of b evenly spaced times can add
-    to it, plus 6 sigma of the coin flips; for other times it is every position.
+    number of slots is the mean count of the linear schedule (the others mask fewer), plus the most that the
+    common offset of b evenly spaced times can add to it, plus 6 sigma of the coin flips. For other times
+    every position has a slot.
 
     -> rows (R,) int64, used (R,) bool, overflow: how many masked positions found no slot
     """

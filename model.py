@@ -166,8 +166,8 @@ class DiT(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the vocabulary head: with 150k words it costs more than the backbone, so it sees only the rows that need
-# it, and some of them at a time
+# the vocabulary head: with 150k tokens it costs as much as a backbone of 184M parameters, so it sees only
+# the rows that need it, and a chunk of them at a time
 
 def rows_at_once(vocab_size, device, cpu=2**25, gpu=2**28):
     """How many rows of logits to hold at once, given how many logits (2^25 bf16 numbers are 64 MiB)."""

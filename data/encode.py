@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for lib/ and the methods
 from lib.configurator import UserError, configure, run
 from lib.device import pick_device
 from lib.files import sha256_of, whole
-from lib.tokens import Tokens, latents_of
+from lib.tokens import Tokens, latents_folder
 from methods import METHODS, attach_encoder, build
 from train import Config
 
@@ -43,7 +43,7 @@ def main(argv):
     splits = {split: Tokens(c.dataset, split, c.block_size) for split in ('train', 'val')}
     with torch.device('meta'):  # for its checks and its encoder; no weight is needed
         method = build({**config, 'vocab_size': splits['train'].vocab_size, 'stored_latents': False})
-    folder, meta = latents_of(splits['train'], c.encoder, c.num_latents, c.latent_dim)
+    folder, meta = latents_folder(splits['train'], c.encoder, c.num_latents, c.latent_dim)
     meta['encoder_weights'] = attach_encoder(method, splits['train'], device)
     if is_there(folder, meta):
         print(f'{folder} is there already')

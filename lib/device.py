@@ -13,8 +13,8 @@ from lib.distributed import local_rank, rank_and_world
 def pick_device(name):
     """'auto' | 'cpu' | 'cuda' | 'cuda:1' | 'mps' -> torch.device.
 
-    'cuda' is the first GPU; under torchrun each process takes its own. It is the current one from here on.
-    UserError if there is none.
+    'cuda' is the first GPU; under torchrun each process takes its own. The GPU chosen becomes torch's current
+    device. UserError if there is none.
     """
     gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there = ['cpu', *['cuda'] * bool(gpus), *gpus, *['mps'] * torch.backends.mps.is_available()]

@@ -59,7 +59,7 @@ class Log:
         self.doing = ''
 
     def begin(self, config, start):
-        """The first words and the first writes."""
+        """Opens what the run writes to, and prints its sizes. UserError if something cannot be opened."""
         self.wandb = self.join_wandb(config) if self.c.wandb else None
         if self.c.init_from == 'scratch':  # from here on the folder is the new run's, whenever it may die
             save(os.path.join(self.c.out_dir, 'ckpt.pt'), self.trainer.checkpoint(config, 0, 0))

@@ -1,10 +1,10 @@
 """
 Random numbers that depend on (seed, step, global row) and on nothing else.
 
-The data, times and masks of a training step are drawn here. A process that holds the rows r, r+W, r+2W,
-... of the global batch draws exactly the numbers that a single process would draw for them, on any
-device. So k processes with b rows each equal one process with kb rows, a run may resume on a different
-number of processes, and a checkpoint needs no random state.
+The data, times and masks of a training step are drawn here. Of W processes, number r holds the rows r,
+r + W, r + 2W, ... of the global batch, and draws exactly the numbers that a single process would draw for
+them, on any device. So W processes with b rows each equal one process with Wb rows, a run may resume on a
+different number of processes, and a checkpoint needs no random state.
 """
 import math
 import zlib
@@ -23,8 +23,10 @@ def hash64(x):
 
 
 def seed_of(*numbers):
-    """One seed for a generator of torch from several integers, by which every bit is mixed with every other:
-    the CPU's generator takes only 32 bits of a seed."""
+    """One seed for a torch generator from several integers.
+
+    Every bit of it depends on all of them, since the CPU's generator reads only 32 bits of its seed.
+    """
     seed = torch.zeros((), dtype=torch.int64)
     for number in numbers:
         seed = hash64(seed + number)

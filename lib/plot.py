@@ -43,7 +43,7 @@ class Config(Keys):
 class FrontierConfig(Config):
     gflops: str = ''               # costs in the tables; empty: the measured ones of the longest curve
     time: str = key('wall', choices=tuple(SECONDS))  # of the figure; cpu if the machine had other work
-    paper: str = ''                # lm1b | owt: the paper's curves beside ours, in grey
+    paper: str = ''                # lm1b | owt: the LADD paper's curves beside ours, in grey
 
 
 # ------------------------------------------------------------------------------------------------------------

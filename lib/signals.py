@@ -1,5 +1,5 @@
 """
-Ways in which the world interrupts a program: signals, and terminals or pipes that close.
+What may interrupt a program: signals, and terminals or pipes that close.
 """
 import io
 import os

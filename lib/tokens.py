@@ -320,7 +320,7 @@ class Tokens:
 # ----------------------------------------------------------------------------
 # reading stored latents, which data/encode.py writes for LADD with a frozen encoder
 
-def latents_of(tokens, encoder, num_latents, latent_dim):
+def latents_folder(tokens, encoder, num_latents, latent_dim):
     """The folder for the latents of a prepared set (any split of it), and what their meta.json must hold."""
     shape = f'{tokens.block_size}_{num_latents}x{latent_dim}'
     folder = os.path.join(tokens.folder, f'latents_{os.path.basename(os.path.normpath(encoder))}_{shape}')
@@ -342,7 +342,7 @@ class WithLatents:
     def __init__(self, tokens, encoder, num_latents, latent_dim):
         if tokens.tokenizer is None:
             raise UserError('latents are stored beside a prepared set; sawtooth has no folder for them')
-        folder, wanted = latents_of(tokens, encoder, num_latents, latent_dim)
+        folder, wanted = latents_folder(tokens, encoder, num_latents, latent_dim)
         name = os.path.relpath(tokens.folder, DATA)
         name = shlex.quote(tokens.folder if name.startswith('..') else name)
         command = (f'python data/encode.py --method=ladd --dataset={name} --encoder={shlex.quote(encoder)} '

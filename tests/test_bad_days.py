@@ -44,7 +44,7 @@ from lib.configurator import Keys, UserError, configure, defaults_of, method_key
 from lib.files import sha256_of, whole
 from lib.lock import claim
 from lib.signals import Unbreakable
-from lib.tokens import Tokens, WithLatents, latents_of, load_tokenizer
+from lib.tokens import Tokens, WithLatents, latents_folder, load_tokenizer
 from mdlm import MDLM
 from methods import METHODS, open_published, open_run
 from sample import read_prompt
@@ -257,7 +257,7 @@ def test_data_that_shrinks_while_we_train(monkeypatch):
 def test_latents_that_shrink():
     prepared('set')
     tokens = Tokens(f'{os.getcwd()}/set', 'val', 16)
-    folder, meta = latents_of(tokens, 'enc', 1, 4)
+    folder, meta = latents_folder(tokens, 'enc', 1, 4)
     os.mkdir(folder)
     np.zeros((len(tokens), 1, 4), np.uint16).tofile(f'{folder}/val.bin')
     with open(f'{folder}/meta.json', 'w') as f:
@@ -364,7 +364,7 @@ def use(folder):
         tok = load_tokenizer(tokens.tokenizer, tokens.vocab_size)
         tok.encode('abc')
         tok.decode(range(tokens.vocab_size)).encode()
-        latents_of(tokens, 'enc', 1, 4)
+        latents_folder(tokens, 'enc', 1, 4)
     read_prompt('a[MASK:2]', sample.open_tokenizer({'dataset': folder}), 16, make('mdlm'))
 
 

@@ -26,7 +26,7 @@ import lib.prepare
 import lib.tokens
 from lib.configurator import UserError, run
 from lib.prepare import write
-from lib.tokens import Char, Tokens, WithLatents, latents_of, load_tokenizer, named_tokenizer, read_meta
+from lib.tokens import Char, Tokens, WithLatents, latents_folder, load_tokenizer, named_tokenizer, read_meta
 from sample import read_texts
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -388,7 +388,7 @@ def test_a_data_source_says_what_it_is(tmp_path):
     tokens = prepared(wrap=True)
     assert (tokens.vocab_size, tokens.block_size, tokens.wrap) == (11, 16, True)
     assert load_tokenizer(tokens.tokenizer).decode([1, 10]) == '1<|endoftext|>'
-    folder, meta = latents_of(tokens, 'org/encoder', 3, 4)
+    folder, meta = latents_folder(tokens, 'org/encoder', 3, 4)
     assert folder == str(tmp_path / 'data/t/latents_encoder_16_3x4')
     os.mkdir(folder)
     latents = torch.randn(len(tokens), 3, 4, dtype=torch.bfloat16)

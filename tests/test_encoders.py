@@ -592,7 +592,7 @@ def test_what_was_stored_of_something_else_is_refused():
         return str(e.value)
     message = fails('no stored latents')
     encode.main(message.partition('python data/encode.py ')[2].split() + ['--device=cpu', '--dtype=float32'])
-    folder, meta = token_files.latents_of(tokens, name, 3, 4)
+    folder, meta = token_files.latents_folder(tokens, name, 3, 4)
     go('fine', f'--encoder={name}', '--stored_latents=True', '--max_iters=1')
     fails('no stored latents', '--num_latents=4'), fails('no stored latents', '--latent_dim=5')
     fails('no stored latents', '--block_size=4')
@@ -617,7 +617,7 @@ def test_what_was_stored_of_something_else_is_refused():
 def test_encoding_is_all_or_nothing(monkeypatch, capsys):
     name = either('ours')
     args = [*TINY, f'--encoder={name}']
-    folder, _ = token_files.latents_of(Tokens('toy', 'train', L), name, 3, 4)
+    folder, _ = token_files.latents_folder(Tokens('toy', 'train', L), name, 3, 4)
     rows, calls = Tokens.rows, itertools.count()
 
     def interrupted(self, indices):
