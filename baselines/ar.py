@@ -3,9 +3,9 @@ AR: the left-to-right language model that the tables compare with.
 
     p(x) = prod_l p_theta(x_l | x_0 ... x_{l-1})
 
-Same blocks, embedding and head as MDLM, number for number; only the attention is causal. The input is the
-text moved one place to the right behind a learned start vector, so that all L tokens are scored, the first
-one too: -log p(x) is exact, and it is the quantity that MDLM bounds.
+Same blocks, embedding and head as MDLM; only the attention is causal. The input is the text moved one place
+to the right behind a learned start vector, so that all L tokens are scored, the first one too: -log p(x) is
+exact, and it is the quantity that MDLM bounds.
 """
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Config(Keys):
     hidden: int = key(384, at_least=1)
     num_layers: int = key(6, at_least=1)
     num_heads: int = key(6, at_least=1, meaning=True)
-    cond_dim: int = key(128, at_least=1)  # AdaLN stays, fed a constant, so that MDLM has no parameter more
+    cond_dim: int = key(128, at_least=1)  # AdaLN stays, fed a constant, so that AR and MDLM have equally many
     dropout: float = key(0.0, at_least=0, below=1)
 
 

@@ -8,7 +8,7 @@ over 31 pieces of the text, and the state of its EOS.
     torchrun --standalone --nproc_per_node=8 train.py config/lm1b_co_ladd.py --num_latents=128 \
         --out_dir=out/lm1b_co_ladd_128
 
-The second line is Co-LADD-128: one latent per token, which is CCDD-like. The encoder reads every batch,
+The last command is Co-LADD-128: one latent per token, which is CCDD-like. The encoder reads every batch,
 because encoder_dropout hides from it a part of what the mask hides. Without that the latents can be stored
 once:
 

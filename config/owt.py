@@ -8,7 +8,7 @@ of the frozen Qwen3-Embedding, averaged over 63 pieces of the text, and the stat
     torchrun --standalone --nproc_per_node=8 train.py config/owt.py --num_latents=16 --out_dir=out/owt_16
     python sample.py --out_dir=out/owt --steps=32
 
-The third line is Co-LADD-16; --num_latents=512, one latent per token, would be CCDD-like. The
+The third command is Co-LADD-16; --num_latents=512, one latent per token, would be CCDD-like. The
 encoder reads every batch, because encoder_dropout hides from it a part of what the mask hides; without that
 the latents can be stored once, see lm1b_co_ladd.py. The official code trains with times shifted towards
 clean texts; we do not. The learning rate stays constant, as in the paper; --decay_lr=cosine (or linear) ends
