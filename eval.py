@@ -40,10 +40,14 @@ smoothness   LDLM figure 3: Gen PPL along the straight line between the latents 
 Every result on samples has entropies, time and GFLOPs, because Gen PPL alone says little: a model that
 repeats one sentence has the best Gen PPL of all.
 
-Two controls say what a latent is worth: --latent=none, tokens of the same network without its latent (LADD's
-sequential strategy), and --latent=data, tokens given the latents of validation texts, so without the error of
-the latents that the model makes (of LDLM, the reconstruction). Neither the encoder's time nor its GFLOPs
-count. In a frontier, --latent=generated,none,data draws them beside the samples.
+Three controls say what a latent is worth:
+--latent=none      tokens of the same network without its latent (LADD's sequential strategy)
+--latent=data      tokens given the latents of validation texts, so without the error of the latents that the
+                   model makes (of LDLM, the reconstruction)
+--latent=shuffled  the same latents, but at each of the M places in another random order of the texts (LADD's
+                   sequential strategy): what is left when each place is likely, and no two fit together
+Neither the encoder's time nor its GFLOPs count. In a frontier, --latent=generated,none,data,shuffled draws
+them beside the samples.
 
 A frontier samples every run with all its strategies at every number of steps, scores all of them with one
 teacher, and prints and draws what lib/plot.py explains. What eval.jsonl already holds, of the same weights,
@@ -69,6 +73,7 @@ from lib.checkpoint import fingerprint, is_run
 from lib.configurator import UserError, configure, defaults_of, key, nearest, numbers, read_flags, run
 from lib.device import device_name, pick_device
 from lib.files import append, json_line, whole
+from lib.method import OF_TEXTS
 from lib.noise import Noise
 from lib.teacher import Teacher, hub_teacher, translation
 from methods import open_run
@@ -111,7 +116,7 @@ class Config(Shared):
 class Sweep(plot.FrontierConfig, Machine):
     steps: str = '1,2,4,8,16,32,64'
     strategies: str = 'joint,seq'  # of these, those that a method has
-    latent: str = 'generated'      # generated, none, data: of these, those that a strategy has
+    latent: str = 'generated'      # generated, none, data, shuffled: of these, those that a strategy has
     latent_steps: str = '8'        # each number makes a curve
     num_samples: int = key(64, at_least=1)
     teacher: str = 'gpt2-large'
@@ -241,7 +246,7 @@ def steps_by_calls(method, steps, options):
 def sample_results(c, o):
     """A result for each choice of options and --steps. Samples are drawn once for all metrics."""
     def draw(n, steps, options):
-        z_0 = o.z_0[:n] if options.get('latent') == 'data' else None
+        z_0 = o.z_0[:n] if c.latent in OF_TEXTS else None
         try:
             return generate(o.method, n, steps, c.batch_size, c.seed, z_0=z_0, **options)
         except ValueError as e:  # of a method that does not take so many steps, say
@@ -258,7 +263,7 @@ def sample_results(c, o):
             result = {'metric': 'samples', 'steps': calls, 'num_samples': c.num_samples, **options,
                       **scores(x, c, o), 'gflops': flops / 1e9, 'seconds_per_sample': seconds,
                       'cpu_seconds_per_sample': cpu_seconds, 'samples_per_s': 1 / seconds}
-            if options.get('latent') == 'data':
+            if c.latent in OF_TEXTS:
                 result['data'] = c.data or o.config['dataset']
             if 'gen_ppl' in result:
                 result['samples_per_s_per_gen_ppl'] = 1 / seconds / result['gen_ppl']
@@ -323,7 +328,7 @@ def prepare(argv):
         raise UserError('--plot draws from out/NAME/eval.jsonl: it goes with --out_dir')
     if o.metrics & {'val_ppl', *SAMPLE_METRICS}:  # the others do without a sampler, which may be untrained
         o.choices = choices(c, o.method)
-    wants_latents = c.latent == 'data' and o.metrics & SAMPLE_METRICS
+    wants_latents = c.latent in OF_TEXTS and o.metrics & SAMPLE_METRICS
     if o.metrics & {*TEXT_METRICS, 'mauve'} or wants_latents:
         o.rows, n = open_texts(c.data, o.config, o.tok, o.device)
         o.n = min(n, c.val_seqs or n)
@@ -336,7 +341,7 @@ def prepare(argv):
     if o.metrics & {'gen_ppl', 'smoothness'}:
         o.teacher = open_teacher(c.teacher, o.tok, o.device)
     if wants_latents:
-        o.z_0 = latents_of_texts(o.method, o.rows, o.n, c.num_samples, c.batch_size)
+        o.z_0 = latents_of_texts(o.method, o.rows, o.n, c.num_samples, c)
     return c, o
 
 
@@ -405,7 +410,7 @@ def planned(folder, method, config, c, device):
                     *(f'--{k}={getattr(c, k)}' for k in PASSED_ON)]
             options, = choices(read_arguments(Config, argv), method)
             settings = {**provenance(c, method, config, device), 'num_samples': c.num_samples, **options}
-            if latent == 'data':
+            if latent in OF_TEXTS:
                 settings['data'] = config['dataset']
             found.append((argv, settings, steps_by_calls(method, numbers('steps', c.steps), options)))
     if not found:

@@ -28,7 +28,7 @@ import mdlm
 from lib.configurator import MOST_STEPS, Not, key
 from lib.distributed import gathered
 from lib.encoders import pool
-from lib.method import with_latent
+from lib.method import OF_TEXTS, with_latent
 from mdlm import alpha, choose, draw_tokens, elbo_weight, pairs, reveal_tokens, time_grid, times_from
 from model import DiT
 
@@ -360,7 +360,7 @@ class LADD(mdlm.MDLM):
         'latent_steps': key(8, at_least=1, at_most=MOST_STEPS),
         # what the tokens are given: a generated latent | no latent: codes masked, vectors 0 as by p_drop (a
         # network without p_drop has never met that) | z_0, the latents of texts
-        'latent': key('generated', choices=('generated', 'none', 'data'))}}
+        'latent': key('generated', choices=('generated', 'none', *OF_TEXTS))}}
 
     def __init__(self, config):
         c = config

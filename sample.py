@@ -32,11 +32,13 @@ from lib.configurator import MOST_STEPS, Keys, UserError, configure, defaults_of
 from lib.device import compile_in_place, pick_device
 from lib.files import whole
 from lib.hub import save_run
+from lib.method import OF_TEXTS
+from lib.noise import Noise
 from lib.tokens import DATA, Char, load_tokenizer, read_meta
 from methods import attach_encoder, open_published, open_run, with_copula
 from train import open_data
 
-LATENTS = ('generated', 'none', 'data')
+LATENTS = ('generated', 'none', *OF_TEXTS)
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Shared(Machine):
     strategy: str = ''             # joint | seq; empty: the method's first
     latent_steps: int = 8          # of --strategy=seq: denoiser calls for the latent
     # controls: none, the same network without its latent (--strategy=seq) | data, the latents of validation
-    # texts (--strategy=seq; of LDLM it is their reconstruction)
+    # texts (--strategy=seq; of LDLM it is their reconstruction) | shuffled, those with each place from
+    # another text (--strategy=seq)
     latent: str = key('generated', choices=LATENTS)
     encoder: str = ''              # where the run's frozen encoder lies, if training found it elsewhere
     copula: str = ''               # for an MDLM: out/NAME of an AR, and both draw a step's tokens together
@@ -242,12 +245,20 @@ def attach(method, config, tok, device, place):
 
 
 @torch.no_grad()
-def latents_of_texts(method, rows, there_are, n, batch_size):
+def latents_of_texts(method, rows, there_are, n, c):
     """Of the first n texts, what `generate` takes as z_0. UserError if there are fewer."""
     if n > there_are:
-        raise UserError(f'latent=data takes a text for each sample, and there are {there_are:,}: '
+        raise UserError(f'latent={c.latent} takes a text for each sample, and there are {there_are:,}: '
                         f'--num_samples={there_are}')
-    return torch.cat([method.latents_of(rows(idx)) for idx in torch.arange(n).split(batch_size)])
+    z_0 = torch.cat([method.latents_of(rows(idx)) for idx in torch.arange(n).split(c.batch_size)])
+    return shuffled(z_0, c.seed) if c.latent == 'shuffled' else z_0
+
+
+def shuffled(z_0, seed):
+    """Latents (n, M, ...) of n texts, the M places each in an order of its own."""
+    n, M = z_0.shape[:2]
+    order = Noise(seed, 0, torch.arange(n), n).uniform('shuffled', M).argsort(dim=0)   # (n, M)
+    return z_0[order, torch.arange(M)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -344,13 +355,13 @@ def main(argv):
     prompt = read_prompt(c.start, tok, config['block_size'], method) if c.start else None
     if c.show:
         options['callback'] = show(tok.decode, method.mask_id, method.latent_mask_id, sys.stdout)
-    z_0 = None
-    if method.encoder_name and options.get('latent') == 'data':
+    z_0, of_texts = None, c.latent in OF_TEXTS
+    if method.encoder_name and of_texts:
         attach(method, config, tok, device, c.encoder)
     elif c.encoder:
         raise UserError('--encoder has no effect: these samples need no frozen encoder')
-    if options.get('latent') == 'data':
-        z_0 = latents_of_texts(method, *open_texts('', config, tok, device), c.num_samples, c.batch_size)
+    if of_texts:
+        z_0 = latents_of_texts(method, *open_texts('', config, tok, device), c.num_samples, c)
     with whole(c.save) if c.save else nullcontext() as temp:
         with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == 'bfloat16'):
             try:

@@ -137,10 +137,13 @@ def frozen(module):
     return module
 
 
+OF_TEXTS = 'data', 'shuffled'  # values of the option `latent`: as they are, or each place from another text
+
+
 def with_latent(z_0, options):
     """Options of `sample`, with latent=data where it is given z_0; ValueError for one without the other."""
     if z_0 is not None:
         options = {'latent': 'data', **options}
-    if (z_0 is not None) != (options.get('latent') == 'data'):
-        raise ValueError('latent=data and z_0, what latents_of makes of texts, go together')
+    if (z_0 is not None) != (options.get('latent') in OF_TEXTS):
+        raise ValueError('latent=data or shuffled and z_0, what latents_of makes of texts, go together')
     return options

@@ -516,7 +516,7 @@ def test_swd_is_sawtooths(capsys):
     (['--val_seqs=-1'], 'val_seqs'),
     (['--strategy=seq'], "no strategy 'seq'"),
     (['--latent=none'], 'MDLM has no option latent\n'),
-    (['--latent=nothing'], 'latent is one of generated, none, data'),
+    (['--latent=nothing'], 'latent is one of generated, none, data, shuffled'),
     (['--out_dir=out/d', '--metrics=entropy', '--latent=none'], 'it works with strategy=seq'),
     (['--out_dir=out/d', '--metrics=entropy', '--latent=data', '--strategy=seq', '--val_seqs=3'],
      'there are 3: --num_samples=3'),
@@ -718,7 +718,7 @@ def test_controls_are_curves_of_a_frontier(tmp_path, monkeypatch, capsys):
     di, co, ldlm = (make(name, 'out/' + name, dataset=data) for name in ('di', 'co', 'ldlm'))
     capsys.readouterr()
     runs = ['out/mdlm', 'out/di', 'out/co', 'out/ldlm']
-    argv = [*runs, '--latent=generated,none,data', '--steps=1,2', '--teacher=out/ar', *ARGS]
+    argv = [*runs, '--latent=generated,none,data,shuffled', '--steps=1,2', '--teacher=out/ar', *ARGS]
     evaluation.main(argv)
     out = capsys.readouterr().out
     with monkeypatch.context() as patch:  # all of that is known
@@ -726,23 +726,24 @@ def test_controls_are_curves_of_a_frontier(tmp_path, monkeypatch, capsys):
         patch.setattr(plot, 'frontier', lambda *args, **options: None)
         evaluation.main(argv)
     for label in ('out/mdlm', *(f'out/{name}, strategy {s}' for name in ('di', 'co') for s in (
-            'joint', 'seq, latent_steps 8', 'seq, latent none', 'seq, latent data')),
+            'joint', 'seq, latent_steps 8', 'seq, latent none', 'seq, latent data', 'seq, latent shuffled')),
             'out/ldlm', 'out/ldlm, latent data'):
         assert f'] {label}\n' in out
     results = {(r['model'], r.get('strategy'), r.get('latent'), r['steps']): r
                for name in runs for r in plot.gen_ppls(name)}
-    assert len(results) == 2 + 8 + 8 + 3
+    assert len(results) == 2 + 10 + 10 + 3
     config = checkpoint.load('out/di/ckpt.pt')['config']
     x = sample.open_texts('', config, sample.open_tokenizer(config), CPU)[0](torch.arange(6))
     for name, method in (('out/di', di), ('out/co', co)):
         with torch.no_grad():
             z_0 = method.latents_of(x)
-        for latent, given in ('none', {}), ('data', {'z_0': z_0}):
+        for latent, given in (('none', {}), ('data', {'z_0': z_0}),
+                              ('shuffled', {'z_0': sample.shuffled(z_0, seed=0)})):
             r = results[name, 'seq', latent, 2]
             samples = sample.generate(method, 6, 2, 4, 0, strategy='seq', latent=latent, **given)
             assert r['entropy_sample'] == evaluation.entropies(samples)['entropy_sample']
             assert r['gflops'] == 2 * method.flops(L) / 1e9 and 'latent_steps' not in r
-            assert r.get('data') == (data if latent == 'data' else None)
+            assert r.get('data') == (None if latent == 'none' else data)
     r = results['out/ldlm', None, 'data', None]
     assert r['entropy_sample'] == evaluation.entropies(ldlm.reconstruct(x))['entropy_sample']
     assert r['gflops'] == ldlm.sampling_flops(L, 0, sampler='ddim') / 1e9 and 'sampler' not in r
@@ -751,7 +752,7 @@ def test_controls_are_curves_of_a_frontier(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('argv, match', [
-    (['out/m', '--latent=nothing'], 'of generated, none, data one or several'),
+    (['out/m', '--latent=nothing'], 'of generated, none, data, shuffled one or several'),
     (['out/m', '--latent=none'], 'none of the strategies joint,seq with latent=none'),
     ([], 'name one model'),
     (['out/none'], 'holds no checkpoint'),

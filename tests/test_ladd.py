@@ -771,6 +771,7 @@ def test_a_clean_latent_takes_the_place_of_the_first_half(latent):
     for wrong, match in (dict(strategy='joint', z_0=z_0), 'strategy=seq'), \
                         (dict(strategy='seq', z_0=z_0, latent='none'), 'go together'), \
                         (dict(strategy='seq', latent='data'), 'go together'), \
+                        (dict(strategy='seq', latent='shuffled'), 'go together'), \
                         (dict(strategy='seq', latent='none', latent_steps=8), 'takes no latent_steps'):
         with pytest.raises(ValueError, match=match):
             model.sample(8, 3, **wrong)

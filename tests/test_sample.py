@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import CHARS, TINY, TINY_METHODS, L, fails, make
+from helpers import CHARS, TINY, TINY_METHODS, L, chi_square, fails, generator, make
 
 import sample
 from lib.configurator import UserError
@@ -53,6 +53,22 @@ def test_samples_are_a_function_of_the_seed(name):
     assert torch.equal(x[:8], generate(method, 8, 4, batch_size=4, seed=1))
     assert not torch.equal(x, generate(method, 10, 4, batch_size=4, seed=2))
     assert not torch.equal(x[:4], x[4:8])
+
+
+def test_shuffled_latents_keep_the_marginal_of_each_place_and_nothing_else():
+    """Before, each place of a text determines the others; after, a pair is as frequent as its product."""
+    codes = torch.multinomial(torch.tensor([.4, .3, .2, .1]), 4000, True, generator=generator())
+    z_0 = (codes[:, None] + torch.arange(3)) % 4
+    z = sample.shuffled(z_0, seed=0)
+    assert torch.equal(z.sort(dim=0).values, z_0.sort(dim=0).values)
+    for a, b in (0, 1), (0, 2), (1, 2):
+        product = torch.outer(z_0[:, a].bincount(), z_0[:, b].bincount())
+        before, after = (chi_square((4 * x[:, a] + x[:, b]).bincount(minlength=16), product)
+                         for x in (z_0, z))
+        assert after < 4 < before
+    vectors = torch.nn.functional.one_hot(z_0).float()
+    assert torch.equal(sample.shuffled(vectors, seed=0).argmax(dim=-1), z)
+    assert not torch.equal(sample.shuffled(z_0, seed=1), z)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,6 +190,7 @@ def test_published_weights(monkeypatch, capsys):
     (['--out_dir=out/a', '--sampler=remdm'], 'AR has no sampler'),
     (['--out_dir=out/l', '--start=abc'], 'LDLM takes no prompt'),
     (['--out_dir=out/l', '--latent=none'], 'latent is one of generated, data'),
+    (['--out_dir=out/l', '--latent=shuffled'], 'latent is one of generated, data'),
     (['--out_dir=out/l', '--latent=data', '--sampler=ddim'], 'without a sampler'),
     (['--out_dir=out/a', '--latent=none'], 'AR has no option latent\n'),
     (['--out_dir=out/d', '--latent=data'], 'it works with strategy=seq'),
