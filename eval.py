@@ -29,6 +29,9 @@ entropy      in nats, of our ids. _position: of the tokens that the samples have
 diversity    product over n = 2, 3, 4 of distinct n-grams / n-grams, pooled over all samples; it falls with
              the number of samples
 mauve        against as many validation texts (package mauve-text, GPT-2 Large features)
+recited      share of the samples' 12-grams (of tokens) that occur in the training text: whether the model has
+             learnt by heart. Compare it with recited_data, the same share of as many validation texts. Of a
+             large training text, the first 10^8 tokens are searched.
 swd          of sawtooth samples to fresh data, see sawtooth.py
 throughput   samples per second after a warm-up, at --batch_size, and divided by gen_ppl. On a machine with
              other work, compare cpu_seconds_per_sample, which counts all threads of this process.
@@ -50,11 +53,11 @@ Neither the encoder's time nor its GFLOPs count. In a frontier, --latent=generat
 them beside the samples.
 
 A frontier samples every run with all its strategies at every number of steps, scores all of them with one
-teacher, and prints and draws what lib/plot.py explains. What eval.jsonl already holds, of the same weights,
-teacher, options and device, is not measured again: an interrupted sweep continues where it stopped, and a
-seed that is added later, out/A_seed1, costs only itself. FILE.jsonl in place of a folder stands for runs that
-are gone; --results=FILE.jsonl writes such a file. Other samplers and temperatures: measure them with
---out_dir, and draw with `python -m lib.plot frontier`.
+teacher, and prints and draws what lib/plot.py explains; --recited adds that metric. What eval.jsonl already
+holds, of the same weights, teacher, options and device, is not measured again: an interrupted sweep continues
+where it stopped, and a seed that is added later, out/A_seed1, costs only itself. FILE.jsonl in place of a
+folder stands for runs that are gone; --results=FILE.jsonl writes such a file. Other samplers and
+temperatures: measure them with --out_dir, and draw with `python -m lib.plot frontier`.
 """
 import itertools
 import math
@@ -65,7 +68,9 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from lib import plot
@@ -85,6 +90,7 @@ from sample import (
     generate,
     latents_of_texts,
     open_model,
+    open_set,
     open_texts,
     open_tokenizer,
     read_arguments,
@@ -93,10 +99,10 @@ from sample import (
 from sawtooth import swd
 
 TEXT_METRICS = {'val_ppl', 'reconstruction', 'smoothness'}
-SAMPLE_METRICS = {'gen_ppl', 'entropy', 'diversity', 'mauve', 'swd', 'throughput'}
+SAMPLE_METRICS = {'gen_ppl', 'entropy', 'diversity', 'recited', 'mauve', 'swd', 'throughput'}
 COLUMNS = ('data', 'strategy', 'latent', 'steps', 'latent_steps', 'val_ppl', 'token_ppl', 'reconstruction',
-           'smoothness', 'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'mauve', 'swd',
-           'samples_per_s', 'gflops')  # of the printed table
+           'smoothness', 'gen_ppl', 'entropy_position', 'entropy_sample', 'diversity', 'recited',
+           'recited_data', 'mauve', 'swd', 'samples_per_s', 'gflops')  # of the printed table
 
 
 @dataclass
@@ -119,6 +125,7 @@ class Sweep(plot.FrontierConfig, Machine):
     latent: str = 'generated'      # generated, none, data, shuffled: of these, those that a strategy has
     latent_steps: str = '8'        # each number makes a curve
     num_samples: int = key(64, at_least=1)
+    recited: bool = False          # measure that, too, for which the training texts have to be there
     teacher: str = 'gpt2-large'
     results: str = ''              # FILE.jsonl: keep there what is drawn
 
@@ -211,6 +218,25 @@ def diversity(x):
     return product
 
 
+RECITED = 12  # tokens
+
+
+def hashes(ids):
+    """A number for each n-gram of ids (..., L) -> (..., L - n + 1); different ones hardly ever share it."""
+    weights = np.random.default_rng(0).integers(2**64, size=RECITED, dtype=np.uint64)
+    return sliding_window_view(ids.astype(np.uint64), RECITED, axis=-1) @ weights  # modulo 2^64
+
+
+def recited(x, training_ids, wrap=False, chunk=10**6):
+    """Share of the n-grams of texts x (N, L) that occur in training_ids (T,), which no `wrap` has cut."""
+    grams = hashes(x[:, wrap:x.shape[1] - wrap].numpy())
+    found = np.zeros(grams.shape, bool)
+    for first in range(0, len(training_ids) - RECITED + 1, chunk):
+        known = np.sort(hashes(training_ids[first:first + chunk + RECITED - 1]))
+        found |= known.take(np.searchsorted(known, grams), mode='clip') == grams
+    return found.mean().item()
+
+
 def mauve_score(x, references, tok, device, seed):
     import mauve
     gpu = torch.cuda.current_device() if device.type == 'cuda' else -1
@@ -230,8 +256,12 @@ def scores(x, c, o):
     result |= entropies(x)
     if 'diversity' in o.metrics:
         result['diversity'] = diversity(x)
+    if o.metrics & {'recited', 'mauve'}:
+        references = o.rows(torch.arange(min(c.num_samples, o.n))).cpu()
+    if 'recited' in o.metrics:
+        result |= {name: recited(texts, o.training_ids, o.tok.wrap)
+                   for name, texts in (('recited', x), ('recited_data', references))}
     if 'mauve' in o.metrics:
-        references = o.rows(torch.arange(min(c.num_samples, o.n)))
         result['mauve'] = mauve_score(x, references, o.tok, o.device, c.seed)
     if 'swd' in o.metrics:
         result['swd'] = swd(x)
@@ -297,7 +327,8 @@ def check_metrics(metrics, method, tok):
     reasons = {'val_ppl': not method.likelihood and f'{method.name} has no likelihood',
                'reconstruction': no_space, 'smoothness': no_space,
                'swd': tok.spec and 'swd is a metric of sawtooth',
-               'mauve': not tok.spec and 'mauve is a metric of text, which sawtooth is not'}
+               **{metric: not tok.spec and f'{metric} is a metric of text, which sawtooth is not'
+                  for metric in ('recited', 'mauve')}}
     for metric in sorted(metrics):
         if metric not in TEXT_METRICS | SAMPLE_METRICS:
             raise UserError(f'no metric {metric!r}: {nearest(metric, TEXT_METRICS | SAMPLE_METRICS)}')
@@ -329,11 +360,15 @@ def prepare(argv):
     if o.metrics & {'val_ppl', *SAMPLE_METRICS}:  # the others do without a sampler, which may be untrained
         o.choices = choices(c, o.method)
     wants_latents = c.latent in OF_TEXTS and o.metrics & SAMPLE_METRICS
-    if o.metrics & {*TEXT_METRICS, 'mauve'} or wants_latents:
+    if o.metrics & {*TEXT_METRICS, 'recited', 'mauve'} or wants_latents:
         o.rows, n = open_texts(c.data, o.config, o.tok, o.device)
         o.n = min(n, c.val_seqs or n)
         if 'smoothness' in o.metrics and o.n < 2:
             raise UserError('smoothness wants two texts at least, and there is one')
+    if 'recited' in o.metrics:
+        if o.config['block_size'] - 2 * o.tok.wrap < RECITED:
+            raise UserError(f'recited wants texts of {RECITED} tokens at least: leave it out')
+        o.training_ids = open_set(o.config['dataset'], 'train', o.config, o.tok).ids[:10**8]
     if o.method.encoder_name and (o.metrics & TEXT_METRICS or wants_latents):
         attach(o.method, o.config, o.tok, o.device, c.encoder)
     elif c.encoder:
@@ -405,8 +440,9 @@ def planned(folder, method, config, c, device):
     for strategy, latent in offers(method, c):
         takes_latent_steps = 'latent_steps' in method.strategies[strategy] and latent == 'generated'
         for n in numbers('latent_steps', c.latent_steps) if takes_latent_steps else ['']:
-            argv = [f'--out_dir={folder}', '--metrics=gen_ppl,diversity', f'--strategy={strategy}',
-                    f'--latent={latent}', *[f'--latent_steps={n}'] * takes_latent_steps,
+            argv = [f'--out_dir={folder}', '--metrics=gen_ppl,diversity' + ',recited' * c.recited,
+                    f'--strategy={strategy}', f'--latent={latent}',
+                    *[f'--latent_steps={n}'] * takes_latent_steps,
                     *(f'--{k}={getattr(c, k)}' for k in PASSED_ON)]
             options, = choices(read_arguments(Config, argv), method)
             settings = {**provenance(c, method, config, device), 'num_samples': c.num_samples, **options}
@@ -443,7 +479,8 @@ def sweep(argv):
 
     def known(folder, settings, calls, new=()):
         wanted = {**settings, **teacher, 'steps': calls}
-        return [r for r in [*new, *plot.gen_ppls(folder)] if wanted.items() <= r.items()][-1:]
+        return [r for r in [*new, *plot.gen_ppls(folder)]
+                if wanted.items() <= r.items() and (not c.recited or 'recited' in r)][-1:]
     results = plot.measured([name for name in names if name.endswith('.jsonl')])
     for folder, argv, settings, budgets in plans:
         missing = [str(steps) for calls, steps in budgets.items() if not known(folder, settings, calls)]

@@ -196,19 +196,26 @@ def generate(method, n, steps, batch_size, seed, prompt=None, z_0=None, **option
 
 def open_texts(name, config, tok, device):
     """-> rows, n of a text file, or of a prepared set's validation texts; '': those of the training data."""
-    name, L = name or config['dataset'], config['block_size']
+    name = name or config['dataset']
     if os.path.isfile(name):
-        x = read_texts(name, tok, L).to(device)
+        x = read_texts(name, tok, config['block_size']).to(device)
         return x.__getitem__, len(x)
-    data = open_data(name, 'val', L)
+    data = open_set(name, 'val', config, tok)
+    return lambda idx: data.rows(idx)[0].to(device), 20480 if name == 'sawtooth' else len(data)
+
+
+def open_set(name, split, config, tok):
+    """A data source for a model. UserError unless it was prepared as the model's training data were."""
+    data = open_data(name, split, config['block_size'])
     if (data.tokenizer, data.wrap) != (tok.spec, tok.wrap):
         raise UserError(f'{name} was not prepared as the training data of this model was; prepare it with '
                         f'--tokenizer=DATA, the folder of the training data, and --wrap={tok.wrap}, or give '
                         'a text file')
     if name == config['dataset'] and data.tokenizer and config.get('data_sha256', data.sha256) != data.sha256:
+        others = ', or name other texts with --data' * (split == 'val')
         raise UserError(f'{name} was prepared again after this model was trained, which may have seen its '
-                        'validation texts; prepare it as it was, or name other texts with --data')
-    return lambda idx: data.rows(idx)[0].to(device), 20480 if name == 'sawtooth' else len(data)
+                        f'validation texts; prepare it as it was{others}')
+    return data
 
 
 def read_texts(path, tok, L):

@@ -238,7 +238,7 @@ def values_at(runs, axis, x, name):
 
 TABLES = (('gflops', 'gen_ppl'),                                          # LADD tables 2, 5
           ('gflops', 'entropy_sample'), ('gflops', 'entropy_position'),   # LADD tables 11, 13
-          ('gflops', 'diversity'), ('steps', 'gen_ppl'),
+          ('gflops', 'diversity'), ('gflops', 'recited'), ('gflops', 'recited_data'), ('steps', 'gen_ppl'),
           ('steps', 'gflops'), ('steps', 'samples_per_s_per_gen_ppl'),    # LADD tables 12, 9
           ('steps', 'seconds_per_sample'), ('steps', 'cpu_seconds_per_sample'))
 NUMBERS = {*(name for table in TABLES for name in table), *SETTINGS, 'seed'}.difference(TEXTS)

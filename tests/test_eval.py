@@ -151,6 +151,46 @@ def test_diversity():
     assert evaluation.diversity(torch.tensor(x)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('wrap', [False, True])
+def test_recited_by_brute_force(wrap):
+    """Of two letters: a quarter of the 12-grams is there by chance. One letter of each copy is changed."""
+    training, x = torch.randint(2, (1000,), generator=generator()), torch.randint(2, (20, 40))
+    x[:10] = training[300:700].view(10, 40)
+    x[:10, 20] = 2
+    there = {tuple(gram) for gram in training.unfold(0, 12, 1).tolist()}
+    grams = [tuple(gram) for gram in x.unfold(1, 12, 1).flatten(0, 1).tolist()]
+    share = sum(gram in there for gram in grams) / len(grams)
+    assert 0.3 < share < 0.7
+    if wrap:
+        x = torch.nn.functional.pad(x, (1, 1))
+    for chunk in 7, 989, 10**6:
+        assert evaluation.recited(x, training.numpy(), wrap, chunk) == pytest.approx(share)
+    assert evaluation.recited(x, training[:11].numpy(), wrap) == 0  # too short for any
+
+
+def test_recited(tmp_path, monkeypatch, capsys):
+    """Samples that are half of the training text; of three validation texts, one is in it, too."""
+    letters = torch.randint(9, (5, 16), generator=generator())
+    a, b, c, d, e = (''.join(CHARS[i] for i in row) for row in letters)
+    splits = {'train': lambda: iter([(a + b + c, True), (CHARS, True)]),
+              'val': lambda: iter([(b + d + e, True)])}
+    lib.prepare.write(str(tmp_path / 'set'), splits, 'char')
+    make('mdlm', 'out/m', block_size=16, dataset=str(tmp_path / 'set'))
+    make('ar', 'out/a', block_size=16)
+    monkeypatch.setattr(evaluation, 'generate', lambda *args, **options: letters[[0, 2, 3, 4]])
+    argv = ['--num_samples=4', '--steps=2', '--device=cpu']
+    evaluation.main(['out/m', '--teacher=out/a', *argv])
+    capsys.readouterr()
+    for _ in range(2):  # what has no share of it is measured again, once
+        evaluation.main(['out/m', '--teacher=out/a', '--recited', *argv])
+    out = capsys.readouterr().out
+    result, = lines(out)
+    assert result['recited'] == 0.5 and result['recited_data'] == pytest.approx(1 / 3)
+    found = tables(out[out.rindex('[1] out/m'):])
+    assert found['recited at gflops']['[1]'] == ['0.5']
+    assert found['recited_data at gflops']['[1]'] == ['0.3333']
+
+
 def test_gflops_of_a_sample():
     m, co, di = make('mdlm'), make('co'), make('di')
     call = 12 * L * 16**2 + 2 * L**2 * 16
@@ -534,6 +574,10 @@ def test_swd_is_sawtooths(capsys):
     (['--metrics=gen_ppl', '--teacher=out/s'], 'nothing in common'),
     (['--out_dir=out/s', '--metrics=gen_ppl'], 'sawtooth has no text'),
     (['--out_dir=out/s', '--metrics=mauve'], 'sawtooth is not'),
+    (['--out_dir=out/s', '--metrics=recited'], 'sawtooth is not'),
+    (['--metrics=recited'], 'there is no prepared data'),
+    (['--out_dir=out/v', '--metrics=recited'], 'has no train split'),
+    (['--out_dir=out/v8', '--metrics=recited'], 'texts of 12 tokens at least'),
     (['--metrics=gen_ppl', '--teacher=broken'], 'cannot load the teacher broken'),
 ])
 def test_mistakes(argv, match, tmp_path, monkeypatch, capsys):
@@ -544,6 +588,11 @@ def test_mistakes(argv, match, tmp_path, monkeypatch, capsys):
     open('short.txt', 'w').write('abc')
     open('latin.txt', 'wb').write(b'\xe9')
     make('di', 'out/d', dataset='sawtooth', vocab_size=2)
+    if argv[0].startswith('--out_dir=out/v'):
+        data = prepare(tmp_path, 'set')  # validation texts alone
+        make('mdlm', 'out/v', dataset=data)
+        make('mdlm', 'out/v8', dataset=data, block_size=8)
+        capsys.readouterr()
     named = argv[0].startswith(('--out_dir', 'config', 'out'))
     assert match in fails(evaluation, monkeypatch, capsys, *['--out_dir=out/m'] * (not named), *argv, *ARGS)
 
