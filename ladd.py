@@ -162,6 +162,8 @@ class Config(mdlm.Config):
     stage1_iters: int = key(0, at_least=0)
     stage1_t_min: float = key(0.0, at_least=0, at_most=1, only=STAGE1)  # t_x ~ U[stage1_t_min, 1]
     stage1_clean: bool = key(False, only=STAGE1)  # t_z = 0
+    # share of the text that the encoder does not see; the official text8 configs have .1 to .6
+    stage1_blank: float = key(0.0, at_least=0, at_most=1, only=STAGE1 | {'encoder': ''})
     vq_start: int = key(0, at_least=0, only=DI | STAGE1)  # step of k-means; until then nothing is quantised
 
 
@@ -474,6 +476,9 @@ class LADD(mdlm.MDLM):
         if c.encoder_dropout:
             p_r = 0.9 * noise.uniform('p_r')
             blank = mask & (noise.uniform('blank', x.shape[1]) < p_r[:, None])
+        if stage1 and c.stage1_blank:
+            hidden = noise.uniform('stage1_blank', x.shape[1]) < c.stage1_blank
+            blank = hidden if blank is None else hidden | blank
         with torch.set_grad_enabled(stage1):  # stage 2: encoder and codebook are frozen
             e = self.encode(x, blank, z_0)                                             # (b, M, D)
         latents = self.channel.noised(e, t_z, noise, learning=stage1)

@@ -612,6 +612,20 @@ def test_encoder_dropout_blanks_masked_positions_only():
     assert close((k * (k - 1) / (n * (n - 1)))[n > 1], 0.27)
 
 
+@pytest.mark.parametrize('encoder_dropout', [False, True])
+def test_stage_1_blanks_a_share_of_the_text_masked_or_not(encoder_dropout):
+    model = make(stage1_iters=1, stage1_blank=0.3, encoder_dropout=encoder_dropout)
+    tokens, encoder = spy(model, 'corrupt'), spy(model.encoder, 'forward')
+    for step in 0, 1:
+        model.begin_step(step, whole(2000), None)
+        model(texts(2000), whole(2000))
+    mask, (blank, in_stage_2) = tokens[0][1][1], (args[1] for args, _ in encoder)
+    for where, expected in (~mask, 0.3), (mask, 1 - 0.7 * (1 - 0.45 * encoder_dropout)):
+        share = (blank & where).sum(dim=1) / where.sum(dim=1)
+        assert close(share[where.any(dim=1)], expected)
+    assert not (in_stage_2 & ~tokens[1][1][1]).any() if encoder_dropout else in_stage_2 is None
+
+
 def test_encoder_does_not_see_blanked_positions():
     model, x = make().eval(), texts(4)
     blank = torch.zeros(4, L, dtype=torch.bool)
