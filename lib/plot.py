@@ -128,7 +128,8 @@ def log(folders, path, out):
     """Training objective above, validation below: not one axis, since the objective may be any multiple."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6), sharex=True)
     for i, folder in enumerate(folders):
-        records = read_lines(os.path.join(folder, 'log.jsonl'), ('step', 'loss', 'val_loss'))
+        records = read_lines(os.path.join(folder, 'log.jsonl'),
+                             ('step', 'loss', 'val_loss', 'tokens', 'tokens_per_s'))
         train, val = ([(r['step'], r[name]) for r in records if None not in (r.get(name), r.get('step'))]
                       for name in ('loss', 'val_loss'))
         if not train + val:
@@ -139,14 +140,23 @@ def log(folders, path, out):
         if val:
             bottom.plot(*zip(*val), color=f'C{i}', marker='.', label=name)
             (step, loss), best = val[-1], min(loss for _, loss in val)
-            print(f'{folder}: validation {loss:.4f} nats per token at step {step:,}, best {best:.4f}',
-                  file=out)
+            print(f'{folder}: validation {loss:.4f} nats per token at step {step:,}, best {best:.4f}; '
+                  f'{training_seconds(records):,.0f} seconds of training', file=out)
     top.set(ylabel='training objective')
     bottom.set(xlabel='step', ylabel='validation (nats per token)')
     for ax in (top, bottom):
         if ax.lines:
             ax.legend(fontsize='small')
     save(figure, path)
+
+
+def training_seconds(records):
+    """Of all steps, compiling included and validation not, in however many sittings."""
+    seconds = tokens = 0
+    for r in records:
+        if r.get('tokens') and r.get('tokens_per_s'):
+            seconds, tokens = seconds + (r['tokens'] - tokens) / r['tokens_per_s'], r['tokens']
+    return seconds
 
 
 # ------------------------------------------------------------------------------------------------------------

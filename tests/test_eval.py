@@ -882,10 +882,11 @@ def test_loss_curves(monkeypatch, capsys):
     save, figures = plot.save, []
     monkeypatch.setattr(plot, 'save', lambda figure, path: (figures.append(figure), save(figure, path)))
     with open('a/log.jsonl', 'w') as f:
-        f.write('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n'
+        f.write('{"step": 1, "loss": 3.0, "tokens": 40, "tokens_per_s": 4}\n'
+                '{"step": 2, "loss": null, "tokens": 80, "tokens_per_s": 8}\n'
                 '{"step": 2, "val_loss": 2.5, "val_ppl": 12.2}\n{"step": 3, "lo')
     plot.main(['log', 'a'])
-    assert '2.5000 nats per token at step 2' in capsys.readouterr().out
+    assert '2.5000 nats per token at step 2, best 2.5000; 15 seconds of' in capsys.readouterr().out
     assert os.path.getsize('a/log.png') > 1000
     objective, validation = figures[0].axes  # they have no axis in common
     for ax, points in (objective, [[1, 3.0]]), (validation, [[2, 2.5]]):
