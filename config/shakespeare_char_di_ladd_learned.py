@@ -1,6 +1,7 @@
 """
 Di-LADD on Tiny Shakespeare with latents that are learned and have a prior of their own. Here sequential
-sampling is ahead of MDLM at few steps. RESULTS.md has the numbers and the controls.
+sampling is ahead of MDLM at few steps. RESULTS.md has the numbers and the controls, and one command trains
+and compares it with its opponents: bash examples/latents_on_text.sh
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char_di_ladd_learned.py
