@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Do learned latents pay on text? Di-LADD with learned codes on Tiny Shakespeare, beside MDLM of its width, of its
-# size, and on byte pairs. RESULTS.md, "learned codes lead over characters", discusses what comes out.
+# Do learned latents pay on text? Di-LADD with learned codes on Tiny Shakespeare, beside MDLM of its width, of
+# its size, and on byte pairs. RESULTS.md, "learned codes lead over characters", discusses what comes out.
 #
-#     bash examples/latents_on_text.sh [SEED]             about half an hour on two cores
-#     TEXT=FILE bash examples/latents_on_text.sh          reads the text from a file instead of downloading it
-#     PART=.01 bash examples/latents_on_text.sh           a rehearsal with a hundredth of all steps and samples
+#     bash examples/latents_on_text.sh [SEED]           about half an hour on two cores
+#     TEXT=FILE bash examples/latents_on_text.sh        reads the text from a file instead of downloading it
+#     PART=.01 bash examples/latents_on_text.sh         a rehearsal: a hundredth of all steps and samples
 #
 # If it was stopped, the same command continues. Another seed joins the curves of those before.
 set -emo pipefail
