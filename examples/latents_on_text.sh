@@ -2,7 +2,7 @@
 # Do learned latents pay on text? Di-LADD with learned codes on Tiny Shakespeare, beside MDLM of its width, of
 # its size, and on byte pairs. RESULTS.md, "learned codes lead over characters", discusses what comes out.
 #
-#     bash examples/latents_on_text.sh [SEED]           about half an hour on two cores
+#     bash examples/latents_on_text.sh [SEED]           two trainings at a time, then the figure
 #     TEXT=FILE bash examples/latents_on_text.sh        reads the text from a file instead of downloading it
 #     PART=.01 bash examples/latents_on_text.sh         a rehearsal: a hundredth of all steps and samples
 #
