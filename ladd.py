@@ -128,10 +128,8 @@ class Config(mdlm.Config):
     latent: str = key('continuous', choices=('continuous', 'discrete'))  # Co-LADD | Di-LADD
     num_latents: int = key(1, at_least=1, meaning=True)  # M
     latent_dim: int = key(32, at_least=1)  # D
-    # where RoPE places them: behind the text, or each in the middle of its piece, one of M equal pieces of
-    # the text (our experiment)
-    latents: str = key('behind', choices=('behind', 'spread'), meaning=True)
     latent_schedule: str = key('vp_sqrt', meaning=True)  # see Vectors.schedules and Codes.schedules
+    unit_norm: bool = key(True, only=CO, meaning=True)  # scale each latent to latent_length, LADD eq. (75)
     codebook_size: int = key(511, at_least=1, only=DI)  # K; the paper's 512 counts the mask
     vq_decay: float = key(0.95, at_least=0, at_most=1, only=DI | STAGE1)  # per step; higher for small batches
     dead_below: float = key(2.0, above=0, only=DI)  # a code chosen less often than this per batch restarts
@@ -139,32 +137,34 @@ class Config(mdlm.Config):
     encoder: str = key('', meaning=True)
     stored_latents: bool = key(False, only=FROZEN)  # read its output from the files of data/encode.py
     encoder_layers: int = key(2, at_least=1, only={'encoder': ''})
-    unit_norm: bool = key(True, only=CO, meaning=True)  # scale each latent to latent_length, LADD eq. (75)
-    # the paper's length is 1; sqrt(D) gives each coordinate variance 1, like the noise (our experiment)
-    latent_length: float = key(1.0, above=0, only=CO | {'unit_norm': True}, meaning=True)
+    encoder_dropout: bool = False  # hide masked tokens from the encoder, too, at a rate of U[0, .9] per text
     # blocks of a latent denoiser for sequential sampling, as the paper's Co-LADD has one; 0: the MM-DiT does
     # it, with all tokens masked
     latent_layers: int = key(0, at_least=0)
-    # the loss
-    lambda_x: float = key(1.0, at_least=0)
-    lambda_z: float = key(1.0, at_least=0)
     # t_z = t_x, as in joint sampling | independent: drawn on its own, which sequential sampling needs
     times: str = key('same', choices=('same', 'independent'))
     p_drop: float = key(0.0, at_least=0, at_most=1, only=CO)  # probability that a text loses its latent
-    encoder_dropout: bool = False  # hide masked tokens from the encoder, too, at a rate of U[0, .9] per text
-    # in stage 2, the shares of texts with t_x = 1, with t_z = 0, and with t_z = 1 (our choice)
+    lambda_x: float = key(1.0, at_least=0)  # weights of the token loss
+    lambda_z: float = key(1.0, at_least=0)  # and of the latent loss
+    stage1_iters: int = key(0, at_least=0)  # steps in which a learned encoder and the codebook train
+    # share of the text that the encoder does not see in stage 1; the official text8 configs have .1 to .6
+    stage1_blank: float = key(0.0, at_least=0, at_most=1, only=STAGE1 | {'encoder': ''})
+
+    # The rest is ours, and off by default. config/sawtooth_di_ladd.py, sawtooth_co_ladd.py and
+    # shakespeare_char_di_ladd_learned.py say why
+    # where RoPE places latents: behind the text, or each in the middle of one of M equal pieces of the text
+    latents: str = key('behind', choices=('behind', 'spread'), meaning=True)
+    # sqrt(D) gives each coordinate variance 1, like the noise
+    latent_length: float = key(1.0, above=0, only=CO | {'unit_norm': True}, meaning=True)
+    stage1_t_min: float = key(0.0, at_least=0, at_most=1, only=STAGE1)  # stage 1 has t_x ~ U[stage1_t_min, 1]
+    stage1_clean: bool = key(False, only=STAGE1)                        # and t_z = 0
+    vq_start: int = key(0, at_least=0, only=DI | STAGE1)  # step of k-means; until then nothing is quantised
+    # in stage 2, the shares of texts with t_x = 1, with t_z = 0, and with t_z = 1
     p_start: float = key(0.0, at_least=0, at_most=1)
     p_clean: float = key(0.0, at_least=0, at_most=1)
     p_noise: float = key(0.0, at_least=0, at_most=1)
-    # stage 3 (our experiment) trains the latent denoiser alone from this step on; 0: there is none
+    # stage 3 trains the latent denoiser alone from this step on; 0: there is none
     stage3_start: int = key(0, at_least=0, only={'latent_layers': Not([0])})
-    # stage 1. All but its length is our choice; config/sawtooth_di_ladd.py says why
-    stage1_iters: int = key(0, at_least=0)
-    stage1_t_min: float = key(0.0, at_least=0, at_most=1, only=STAGE1)  # t_x ~ U[stage1_t_min, 1]
-    stage1_clean: bool = key(False, only=STAGE1)  # t_z = 0
-    # share of the text that the encoder does not see; the official text8 configs have .1 to .6
-    stage1_blank: float = key(0.0, at_least=0, at_most=1, only=STAGE1 | {'encoder': ''})
-    vq_start: int = key(0, at_least=0, only=DI | STAGE1)  # step of k-means; until then nothing is quantised
 
 
 # ------------------------------------------------------------------------------------------------------------
