@@ -19,7 +19,7 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}
 train() {  # CONFIG FOLDER STEPS [--key=value ...]
     python train.py "config/shakespeare_char_$1.py" --out_dir="$2" --max_iters="$(part_of "$3")" \
-        --warmup_iters="$(part_of 100)" --optimizer=muon --batch_size=32 "${@:4}"
+        --warmup_iters="$(part_of 100)" --optimizer=muon --batch_size=32 --learning_rate=4e-3 "${@:4}"
 }
 
 # the text by characters
@@ -33,7 +33,7 @@ python data/text/prepare.py --input "$text" --split=file --tokenizer="$out/token
 
 # the AR that scores all samples (one for all seeds), then MDLM: of equal width, of equal size, on pieces
 {
-    train ar "$out/ar" 1500
+    train ar "$out/ar" 1500 --learning_rate=2e-3
     train mdlm "$(name mdlm)" 2500 --seed="$seed" --hidden=128 --num_heads=2
     train mdlm "$(name mdlm_192)" 2500 --seed="$seed"
     train mdlm "$(name mdlm_pieces)" 2500 --seed="$seed" --hidden=128 --num_heads=2 \
