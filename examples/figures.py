@@ -6,11 +6,13 @@ The pictures of README.md and TUTORIAL.md. Each command draws one again, in its 
     python -m examples.figures posterior                         what visible tokens tell about the shift
     python -m examples.figures barrier                           texts of exact denoisers in few steps
     python -m examples.figures neighbours [out/A out/B ...]      SWD of exact and trained samplers
+    python -m examples.figures latents                           learned codes on text, and their controls
     python -m examples.figures collapse [out/A out/B ...]        LDLM's latents with and without warmup
     python -m examples.figures denoising out/sawtooth_co_ladd    joint beside sequential sampling, moving
     options: --save=FILE, and of denoising --steps=4 --latent_steps=16
 """
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +25,7 @@ from ladd import abar
 from lib.checkpoint import is_run
 from lib.configurator import Keys, UserError, configure, key, run
 from lib.files import append, read_lines
-from lib.plot import ASSETS, check_ending, literally, log_scale, plt, save
+from lib.plot import ASSETS, check_ending, curve, literally, log_scale, plt, save
 from mdlm import alpha
 from methods import open_run
 from sawtooth import PERIOD, Exact, L, Sawtooth, bias, exact_draw, grouped, pictures, swd
@@ -159,6 +161,36 @@ def neighbours(path, *names, n=20480):
     save(chart, path)
 
 
+LATENTS = {  # (run, what its tokens are given, steps of the latent): label
+    ('mdlm_width192', None, None): 'MDLM, as large',
+    ('mdlm_width128', None, None): 'MDLM, as wide',
+    ('di_ladd_learned', 'none', None): 'Di-LADD without its codes',
+    ('di_ladd_learned', 'shuffled', None): 'Di-LADD, codes of real texts, shuffled among them',
+    ('di_ladd_learned', None, 8): 'Di-LADD, sequential: 8 steps for its codes first',
+    ('di_ladd_learned', 'data', None): 'Di-LADD, codes of real texts',
+    ('mdlm_pieces512', None, None): 'MDLM on 512 byte pairs'}
+
+
+def latents(path):
+    """Tiny Shakespeare, Gen PPL against cost: learned codes, their controls and MDLM. From kept results."""
+    records = read_lines(os.path.join(ASSETS, 'shakespeare_char_learned.jsonl'))
+    chart, ax = plt.subplots(figsize=(8, 4))
+    for i, ((name, latent, latent_steps), label) in enumerate(LATENTS.items()):
+        of_this = [r for r in records if 'gflops' in r and r.get('strategy') != 'joint'
+                   and re.sub(r'_seed\d+$', '', r['model']).endswith(name)
+                   and (latent, latent_steps) == (r.get('latent'), r.get('latent_steps'))]
+        values = grouped(of_this, 'gen_ppl', 'gflops')
+        costs = sorted(values)
+        curve(ax, [cost for cost, in costs], [values[cost] for cost in costs], color=f'C{i}', label=label,
+              lw=2.5 if latent_steps else 1, ls='--' if latent else '-', marker='o', ms=3)
+    ax.set(xlabel='GFLOPs per text, those for codes included', ylabel='Gen PPL under an AR')
+    ax.set_xscale('log')
+    ax.xaxis.set_major_formatter('{x:g}')
+    log_scale(ax.yaxis)
+    ax.legend(fontsize='x-small')
+    save(chart, path)
+
+
 def noise(path):
     """A text and its latent on the way from noise, in both strategies; the noise that is left."""
     columns, D, generator = 48, 16, torch.Generator().manual_seed(0)
@@ -291,11 +323,11 @@ def denoising(path, out_dir, steps, latent_steps, n=96):
 def main(argv):
     kind, *names = [a for a in argv if not a.startswith('-')] or ['']
     drawings = {draw.__name__: draw
-                for draw in (wave, noise, posterior, barrier, neighbours, collapse, denoising)}
+                for draw in (wave, noise, posterior, barrier, latents, neighbours, collapse, denoising)}
     moving = kind == 'denoising'
     takes_runs = kind in ('neighbours', 'collapse')
     if kind not in drawings or (len(names) != 1 if moving else names and not takes_runs):
-        raise UserError('python -m examples.figures wave | noise | posterior | barrier | '
+        raise UserError('python -m examples.figures wave | noise | posterior | barrier | latents | '
                         'denoising out/NAME | neighbours [out/A ...] | collapse [out/A ...]')
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))

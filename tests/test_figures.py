@@ -97,3 +97,14 @@ def test_neighbours_are_drawn_from_what_is_kept(tmp_path, monkeypatch, capsys):
     assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == pytest.approx([0.2, 0.3])
     assert [other.get_linestyle() for other in charts[1].axes[0].lines
             if other.get_color() == line.get_color()] == ['--', '-']
+
+
+def test_every_curve_of_learned_codes_has_kept_results(monkeypatch):
+    charts = []
+    monkeypatch.setattr(figures, 'save', lambda chart, path: charts.append(chart))
+    figures.latents('x.png')
+    lines = [container[0] for container in charts[0].axes[0].containers]
+    assert len(lines) == len(figures.LATENTS)
+    for line in lines:
+        cost, gen_ppl = line.get_data()
+        assert len(cost) >= 4 and (cost[1:] > cost[:-1]).all() and gen_ppl[0] > gen_ppl[-1]
