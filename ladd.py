@@ -148,7 +148,7 @@ class Config(mdlm.Config):
     lambda_z: float = key(1.0, at_least=0)  # and of the latent loss
     stage1_iters: int = key(0, at_least=0)  # steps in which a learned encoder and the codebook train
     # share of the text that the encoder does not see in stage 1; the official text8 configs have .1 to .6
-    stage1_blank: float = key(0.0, at_least=0, at_most=1, only=STAGE1 | {'encoder': ''})
+    stage1_blank: float = key(0.0, at_least=0, at_most=1, only=STAGE1 | {'stored_latents': False})
 
     # The rest is ours, and off by default. config/sawtooth_di_ladd.py, sawtooth_co_ladd.py and
     # shakespeare_char_di_ladd_learned.py say why
