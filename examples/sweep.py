@@ -12,6 +12,7 @@ repeats it; a rate whose line is there is not trained again. The lowest wins: it
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -62,15 +63,16 @@ def main(argv):
     rows = []
     for rate in rates:
         name = f'{os.path.basename(config["out_dir"])}_{config["optimizer"]}_{rate:g}'
-        argv = [*rest, *shrunk(config, c.part), f'--learning_rate={rate:g}',
-                f'--out_dir={os.path.join("out", "sweep", name)}']
+        out_dir = os.path.join('out', 'sweep', name)
+        argv = [*rest, *shrunk(config, c.part), f'--learning_rate={rate:g}', f'--out_dir={out_dir}']
         command = shlex.join(['python', 'train.py', *argv])
         if command not in done:
+            shutil.rmtree(out_dir, ignore_errors=True)  # of another sweep, or stopped: train.py would go on
             start = time.time()
             train.main(argv)
             done[command] = {
                 'method': config['method'], 'optimizer': config['optimizer'], 'learning_rate': rate,
-                **last_validation(os.path.join('out', 'sweep', name)), 'seed': config['seed'],
+                **last_validation(out_dir), 'seed': config['seed'],
                 'seconds': round(time.time() - start), 'torch': torch.__version__,
                 'device': device_name(pick_device(config['device'])), 'command': command}
             append(c.results, done[command])

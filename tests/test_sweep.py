@@ -34,6 +34,9 @@ def test_a_rate_is_trained_once_and_its_line_repeats_it(tmp_path, monkeypatch, c
     assert (line['val_loss'], record['step']) == (record['val_loss'], 2)
     assert line['command'].startswith('python train.py config/sawtooth_ssmd.py --hidden=8')
     assert '--learning_rate=0.001' in line['command']
+    sweep.main([*argv[:-1], '--part=0.15', '--rates=1e-3'])  # from the beginning, too
+    with open('out/sweep/sawtooth_ssmd_muon_0.001/log.jsonl') as f:
+        assert {json.loads(text)['step'] for text in f} == {3}
     trained = []
     monkeypatch.setattr(train, 'main', trained.append)
     monkeypatch.setattr(sweep, 'last_validation', lambda out_dir: {'val_loss': 7.0})
