@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Do learned latents pay on text? Di-LADD with learned codes on Tiny Shakespeare, beside MDLM of its width, of
-# its size, and on byte pairs. RESULTS.md, "learned codes lead over characters", discusses what comes out.
+# its size, of its training time, and on byte pairs. RESULTS.md, "learned codes lead over characters", discusses
+# what comes out. Two trainings run at a time: under half an hour on two cores.
 #
-#     bash examples/latents_on_text.sh [SEED]           two trainings at a time, then the figure
+#     bash examples/latents_on_text.sh [SEED]           another seed joins the curves of those before
 #     TEXT=FILE bash examples/latents_on_text.sh        reads the text from a file instead of downloading it
 #     PART=.01 bash examples/latents_on_text.sh         a rehearsal: a hundredth of all steps and samples
 #
-# If it was stopped, the same command continues. Another seed joins the curves of those before.
+# If it was stopped, the same command continues.
 set -emo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0} PART=${PART:-1} out=out/latents_on_text
@@ -31,23 +32,30 @@ python data/text/bpe.py --input "$text" --vocab_size=512 --out="$out/tokenizer"
 python data/text/prepare.py --input "$text" --split=file --tokenizer="$out/tokenizer" --val_fraction=0.1 \
     --name=shakespeare_pieces
 
-# the AR that scores all samples (one for all seeds), then MDLM: of equal width, of equal size, on pieces
+narrow="--hidden=128 --num_heads=2"  # the width of each of LADD's two streams
+fast=--learning_rate=8e-3             # what suits short runs of MDLM and AR
+
+# the AR that scores all samples (one for all seeds); MDLM of equal width: by characters, on pieces, and by
+# characters again for as many seconds as all of LADD takes
 {
-    train ar "$out/ar" 1500 --learning_rate=2e-3
-    train mdlm "$(name mdlm)" 2500 --seed="$seed" --hidden=128 --num_heads=2
-    train mdlm "$(name mdlm_192)" 2500 --seed="$seed"
-    train mdlm "$(name mdlm_pieces)" 2500 --seed="$seed" --hidden=128 --num_heads=2 \
-        --dataset=shakespeare_pieces --block_size=58
+    train ar "$out/ar" 800 $narrow $fast
+    train mdlm "$(name mdlm)" 1250 --seed="$seed" $narrow $fast
+    train mdlm "$(name mdlm_pieces)" 1250 --seed="$seed" $narrow $fast --dataset=shakespeare_pieces \
+        --block_size=58
+    train mdlm "$(name mdlm_as_long)" 4000 --seed="$seed" $narrow
 } &> "$out/others.txt" &
 others=$!
 trap 'kill -- -$others 2> /dev/null' EXIT
 
-# beside them Di-LADD: width 128 for each of its two streams, which is as large as MDLM of width 192
+# beside them Di-LADD, all stages half as long as in its config, and MDLM with as many weights
 echo "the other trainings write to $out/others.txt"
-train di_ladd_learned "$(name di_ladd)" 5500 --seed="$seed" --stage1_iters="$(part_of 1000)" \
-    --vq_start="$(part_of 400)" --stage3_start="$(part_of 2500)"
+train di_ladd_learned "$(name di_ladd)" 2750 --seed="$seed" --stage1_iters="$(part_of 500)" \
+    --vq_start="$(part_of 200)" --stage3_start="$(part_of 1250)" --eval_interval=1250
+train mdlm "$(name mdlm_192)" 1250 --seed="$seed" $fast
 wait $others || { tail -n 3 "$out/others.txt"; exit 1; }
 trap - EXIT
+
+unset OMP_NUM_THREADS  # from here on, one after another
 
 # Gen PPL against cost, with the controls, for all seeds
 python eval.py "$out"/{di_ladd,mdlm}* --teacher="$out/ar" --steps=1,2,3,4,6,8,16 --latent_steps=4,8 \

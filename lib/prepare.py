@@ -9,6 +9,7 @@ import array
 import codecs
 import collections
 import contextlib
+import http.client
 import io
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import threading
+import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -32,6 +34,17 @@ PIECE = 1 << 20  # characters; a longer document is encoded in pieces
 
 # ----------------------------------------------------------------------------
 # reading text
+
+def download(url, path):
+    """UserError if it cannot be had whole."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as e:  # an HTTPException means that the connection broke off
+        raise UserError(f'cannot download {url}: {e}; get it in another way and give --input FILE') from e
+    with whole(path) as temp, open(temp, 'wb') as f:
+        f.write(data)
+
 
 def read_files(files, separator='\n\n\n'):
     """Streams local files as (text, ends), without empty documents. UserError if one cannot be read.

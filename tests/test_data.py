@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -681,17 +682,45 @@ class Download:
         raise self.content
 
 
-def test_shakespeare_is_downloaded(tmp_path, monkeypatch, capsys, cli):
+def zipped(text):
+    """A zip file of text8, as bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        archive.writestr('text8', text)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('name, content, keeps', [
+    ('shakespeare_char', b'to be or not' * 10, 'input.txt'),
+    ('text8', zipped('to be or not' * 10), 'text8.zip')])
+def test_a_text_is_downloaded(name, content, keeps, tmp_path, monkeypatch, capsys, cli):
     """A stand-in for the network: a connection that breaks off gives one line and leaves nothing."""
-    from data.shakespeare_char import prepare
-    monkeypatch.setattr(prepare, 'DATA', str(tmp_path / 'data'))
+    monkeypatch.setattr(importlib.import_module(f'data.{name}.prepare'), 'DATA', str(tmp_path / 'data'))
     for error in (ConnectionResetError('reset'), http.client.IncompleteRead(b'half')):
-        monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, error=error, **__: Download(error))
-        assert cli('shakespeare_char') == 2 and 'cannot download' in capsys.readouterr().err
+        monkeypatch.setattr(lib.prepare.urllib.request, 'urlopen', lambda *_, e=error, **__: Download(e))
+        assert cli(name) == 2 and 'cannot download' in capsys.readouterr().err
         assert not (tmp_path / 'data').exists()
-    monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda *_, **__: Download(b'to be or not' * 10))
+    monkeypatch.setattr(lib.prepare.urllib.request, 'urlopen', lambda *_, **__: Download(content))
     with disk_full(100):
-        assert cli('shakespeare_char') == 2 and 'cannot write' in capsys.readouterr().err
-    assert cli('shakespeare_char') == 0
-    files = ['input.txt', 'meta.json', 'train.bin', 'val.bin']
-    assert sorted(os.listdir(tmp_path / 'data/shakespeare_char')) == files
+        assert cli(name) == 2 and 'cannot write' in capsys.readouterr().err
+    assert cli(name) == 0
+    assert {*os.listdir(tmp_path / 'data' / name)} == {keeps, 'meta.json', 'train.bin', 'val.bin'}
+
+
+def test_text8_is_letters_and_spaces(tmp_path, monkeypatch, capsys, cli):
+    """As its published cleaning does: digits are words, other characters spaces, and spaces are single."""
+    from data.text8 import prepare
+    assert prepare.clean('In 1984:\n\n"Café\u00a0No.7", x_y') == \
+        'in one nine eight four caf no seven x y'
+    assert cli('text8', '--input', save(tmp_path / 'in.txt', 'It was 20 degrees! ' * 100)) == 0
+    text = 'it was two zero degrees ' * 100
+    train, val = everything('text8', 'train'), everything('text8', 'val')
+    tokens = Tokens('text8', 'train', 8)
+    assert tokens.vocab_size == len(set(text))
+    assert load_tokenizer(tokens.tokenizer).decode(train + val) == text[:int(0.95 * len(text))]
+    assert len(train) == int(0.9 * len(text))
+
+    monkeypatch.setattr(prepare, 'DATA', str(tmp_path))
+    (tmp_path / 'text8').mkdir()
+    save(tmp_path / 'text8/text8.zip', 'not a zip file')
+    assert cli('text8') == 2 and 'text8.zip is not what http://mattmahoney' in capsys.readouterr().err

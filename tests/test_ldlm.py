@@ -165,11 +165,13 @@ def exact(z, t, z_self, d=3.0):
     return MU + (z - alpha * MU) @ gain(alpha, sigma)  # symmetric
 
 
-def euler_maruyama_law(steps, d=3.0):
-    """Mean and covariance of what euler_maruyama returns first."""
-    m, S = torch.zeros(2).double(), EYE
+def euler_maruyama_law(steps, d=3.0, start=1.0):
+    """Mean and covariance of what euler_maruyama returns first, when it starts from z_t at t = start."""
+    alpha, sigma = levels(start, d)
+    m, S = alpha * MU, alpha**2 * C + sigma**2 * EYE
     for i in range(steps):
-        t, dt = 1 - 0.95 * i / steps, 0.95 / steps
+        dt = (start - 0.05) / steps
+        t = start - dt * i
         alpha, sigma = levels(t, d)
         tan = math.tan(math.pi * min(t, 0.95) / 2)
         rate = math.pi * d * d * tan * (1 + tan * tan) / (1 + d * d * tan * tan) * dt
@@ -205,12 +207,14 @@ def test_ddim_has_its_closed_form(steps, d):
     torch.testing.assert_close(A @ A.T, S, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize('steps', [1, 3, 20])
-def test_euler_maruyama_has_its_closed_form(steps):
-    n = 50000
-    z = torch.randn(n, 1, 2, generator=generator()).double()
-    mean, z_hat = (part[:, 0] for part in euler_maruyama(exact, z, steps, generator=generator(1)))
-    m, S = euler_maruyama_law(steps)
+@pytest.mark.parametrize('steps, start', [(1, 1.0), (3, 1.0), (20, 1.0), (3, 0.4)])
+def test_euler_maruyama_has_its_closed_form(steps, start):
+    n, (alpha, sigma) = 50000, levels(start, 3.0)
+    z_0, eps = torch.randn(2, n, 1, 2, dtype=torch.float64, generator=generator())
+    z = alpha * (MU + z_0 @ torch.linalg.cholesky(C).T) + sigma * eps
+    found = euler_maruyama(exact, z, steps, generator=generator(1), start=start)
+    mean, z_hat = (part[:, 0] for part in found)
+    m, S = euler_maruyama_law(steps, start=start)
     assert ((mean.mean(0) - m).abs() < 4.5 * (S.diagonal() / n).sqrt()).all()
     spread = ((S.diagonal()[:, None] * S.diagonal() + S**2) / n).sqrt()  # of a sample covariance's entries
     assert ((torch.cov(mean.T) - S).abs() < 4.5 * spread).all()

@@ -4,28 +4,15 @@ for validation. Without --input it is downloaded from karpathy/char-rnn.
 
     python data/shakespeare_char/prepare.py [--input FILE]
 """
-import http.client
 import os
 import sys
-import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for lib/
-from lib.configurator import UserError, run
-from lib.files import whole
-from lib.prepare import DATA, Arguments, read_files, write
+from lib.configurator import run
+from lib.prepare import DATA, Arguments, download, read_files, write
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-
-
-def download(path):
-    try:
-        with urllib.request.urlopen(URL, timeout=60) as response:
-            text = response.read()
-    except (OSError, http.client.HTTPException) as e:  # an HTTPException means that the connection broke off
-        raise UserError(f'cannot download {URL}: {e}; get it in another way and give --input FILE') from e
-    with whole(path) as temp, open(temp, 'wb') as f:
-        f.write(text)
 
 
 def main(argv):
@@ -33,7 +20,7 @@ def main(argv):
     if not args.input:
         args.input = [os.path.join(DATA, 'shakespeare_char', 'input.txt')]
         if not os.path.exists(args.input[0]):
-            download(args.input[0])
+            download(URL, args.input[0])
     write('shakespeare_char', {'train': lambda: read_files(args.input, None)}, args.tokenizer, tail=0.1,
           rule='last 10 % of the text', wrap=args.wrap)
 
