@@ -6,7 +6,7 @@ The pictures of README.md and TUTORIAL.md. Each command draws one again, in its 
     python -m examples.figures posterior                         what visible tokens tell about the shift
     python -m examples.figures barrier                           texts of exact denoisers in few steps
     python -m examples.figures neighbours [out/A out/B ...]      SWD of exact and trained samplers
-    python -m examples.figures latents                           learned codes on text, and their controls
+    python -m examples.figures latents [out/A out/B ...]         learned codes on text, and their controls
     python -m examples.figures collapse [out/A out/B ...]        LDLM's latents with and without warmup
     python -m examples.figures denoising out/sawtooth_co_ladd    joint beside sequential sampling, moving
     options: --save=FILE, and of denoising --steps=4 --latent_steps=16
@@ -162,22 +162,28 @@ def neighbours(path, *names, n=20480):
 
 
 LATENTS = {  # (run, what its tokens are given, steps of the latent): label
-    ('mdlm_width192', None, None): 'MDLM, as large',
-    ('mdlm_width128', None, None): 'MDLM, as wide',
-    ('di_ladd_learned', 'none', None): 'Di-LADD without its codes',
-    ('di_ladd_learned', 'shuffled', None): 'Di-LADD, codes of real texts, shuffled among them',
-    ('di_ladd_learned', None, 8): 'Di-LADD, sequential: 8 steps for its codes first',
-    ('di_ladd_learned', 'data', None): 'Di-LADD, codes of real texts',
-    ('mdlm_pieces512', None, None): 'MDLM on 512 byte pairs'}
+    ('mdlm_192', None, None): 'MDLM, as large',
+    ('mdlm', None, None): 'MDLM, as wide',
+    ('mdlm_as_long', None, None): 'MDLM, as wide, trained for as many seconds',
+    ('di_ladd', 'none', None): 'Di-LADD without its codes',
+    ('di_ladd', 'shuffled', None): 'Di-LADD, codes of real texts, shuffled among them',
+    ('di_ladd', None, 8): 'Di-LADD, sequential: 8 steps for its codes first',
+    ('di_ladd', 'data', None): 'Di-LADD, codes of real texts',
+    ('mdlm_pieces', None, None): 'MDLM on 512 byte pairs'}
 
 
-def latents(path):
-    """Tiny Shakespeare, Gen PPL against cost: learned codes, their controls and MDLM. From kept results."""
-    records = read_lines(os.path.join(ASSETS, 'shakespeare_char_learned.jsonl'))
+def latents(path, *names):
+    """Tiny Shakespeare, Gen PPL against cost: learned codes, their controls and MDLM, means over seeds.
+
+    names: runs of examples/latents_on_text.sh; without them, from kept results.
+    """
+    paths = [os.path.join(name, 'eval.jsonl') for name in names]
+    records = [r for p in paths or [os.path.join(ASSETS, 'shakespeare_char_latents.jsonl')]
+               for r in read_lines(p, ('gen_ppl', 'gflops'), ('model',))]
     chart, ax = plt.subplots(figsize=(8, 4))
     for i, ((name, latent, latent_steps), label) in enumerate(LATENTS.items()):
         of_this = [r for r in records if 'gflops' in r and r.get('strategy') != 'joint'
-                   and re.sub(r'_seed\d+$', '', r['model']).endswith(name)
+                   and re.sub(r'_seed\d+$', '', os.path.basename(r['model'])) == name
                    and (latent, latent_steps) == (r.get('latent'), r.get('latent_steps'))]
         values = grouped(of_this, 'gen_ppl', 'gflops')
         costs = sorted(values)
@@ -325,10 +331,11 @@ def main(argv):
     drawings = {draw.__name__: draw
                 for draw in (wave, noise, posterior, barrier, latents, neighbours, collapse, denoising)}
     moving = kind == 'denoising'
-    takes_runs = kind in ('neighbours', 'collapse')
+    takes_runs = kind in ('neighbours', 'latents', 'collapse')
     if kind not in drawings or (len(names) != 1 if moving else names and not takes_runs):
-        raise UserError('python -m examples.figures wave | noise | posterior | barrier | latents | '
-                        'denoising out/NAME | neighbours [out/A ...] | collapse [out/A ...]')
+        raise UserError('python -m examples.figures wave | noise | posterior | barrier | '
+                        'denoising out/NAME | neighbours [out/A ...] | latents [out/A ...] | '
+                        'collapse [out/A ...]')
     c = configure(DenoisingConfig if moving else Config, [a for a in argv if a.startswith('-')])
     path = c.pop('save') or os.path.join(ASSETS, kind + ('.gif' if moving else '.png'))
     if not moving:

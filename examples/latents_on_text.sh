@@ -61,6 +61,7 @@ unset OMP_NUM_THREADS  # from here on, one after another
 python eval.py "$out"/{di_ladd,mdlm}* --teacher="$out/ar" --steps=1,2,3,4,6,8,16 --latent_steps=4,8 \
     --latent=generated,none,data,shuffled --recited --num_samples="$(part_of 64)" --time=cpu \
     --save="$out/frontier.png"
+python -m examples.figures latents "$out"/{di_ladd,mdlm}* --save="$out/latents.png"
 
 # how long each training took
 python -m lib.plot log "$out"/{ar,di_ladd,mdlm}* --save="$out/log.png"

@@ -108,3 +108,15 @@ def test_every_curve_of_learned_codes_has_kept_results(monkeypatch):
     for line in lines:
         cost, gen_ppl = line.get_data()
         assert len(cost) >= 4 and (cost[1:] > cost[:-1]).all() and gen_ppl[0] > gen_ppl[-1]
+
+
+def test_curves_of_learned_codes_are_means_over_seeds(tmp_path, monkeypatch):
+    charts, row = [], dict(gflops=1.0)
+    monkeypatch.setattr(figures, 'save', lambda chart, path: charts.append(chart))
+    for name, gen_ppl in (('mdlm', 10), ('mdlm_seed1', 30), ('mdlm_192', 5)):
+        path = tmp_path / name
+        path.mkdir()
+        (path / 'eval.jsonl').write_text(json.dumps({**row, 'gen_ppl': gen_ppl, 'model': str(path)}) + '\n')
+    figures.latents('x.png', *map(str, tmp_path.iterdir()))
+    found = {c.get_label(): c[0].get_ydata() for c in charts[0].axes[0].containers if len(c[0].get_ydata())}
+    assert found == {'MDLM, as wide': [20], 'MDLM, as large': [5]}

@@ -16,14 +16,17 @@ import pytest
 import torch
 from helpers import generator, whole
 
+import ladd
 import sawtooth
 import train
+from examples.calibration import Circle
 from ladd import LADD, abar, code_step, ddim_step, joint
 from lib import plot
 from lib.configurator import UserError
 from lib.files import append
 from mdlm import MDLM, Config, alpha, ancestral, first_hitting, time_grid
 from methods import open_published
+from sample import generate
 from sawtooth import Exact, Sawtooth, bias, gap_to_exact, swd
 
 N = 20480
@@ -226,6 +229,21 @@ def test_swd_floor():
 def test_exact_mdlm(steps, mean, sd):
     x = ancestral(Exact(128).denoise, all_masked(), alpha(time_grid(steps)), MASK, generator=generator())
     assert abs(swd(x, draws=1) - mean) < 4 * sd
+
+
+def test_latents_of_texts_give_texts_in_one_step():
+    """`--latent=data` of an exact LADD whose latent is the shift, a point on a circle: SWD at the floor."""
+    exact, x = Circle(1), data(N, 'texts')
+    model = LADD(ladd.Config(vocab_size=2, block_size=128, hidden=2, num_layers=1, num_heads=1, cond_dim=2,
+                             num_latents=1, latent_dim=2, unit_norm=False))
+
+    def hidden_states(x_t, z_0, t):
+        p = exact.p[(z_0[:, 0] @ exact.z.T).argmax(dim=1)]
+        return torch.stack((1 - p, p), dim=2).log().float(), None
+    model.hidden_states, model.encode = hidden_states, lambda x, **_: exact.latents_of(x)
+    torch.nn.init.eye_(model.head.weight)
+    samples = generate(model, N, 1, 1024, seed=0, z_0=model.latents_of(x), strategy='seq', latent='data')
+    assert abs(swd(samples, draws=1) - 0.0061) < 4 * 0.0004 and not torch.equal(samples, x)
 
 
 @pytest.mark.parametrize('steps, mean, sd', [(1, 0.0496, 0.0010), (2, 0.0358, 0.0008), (4, 0.0201, 0.0005)])
