@@ -185,10 +185,12 @@ def latents(path, *names):
         of_this = [r for r in records if 'gflops' in r and r.get('strategy') != 'joint'
                    and re.sub(r'_seed\d+$', '', os.path.basename(r['model'])) == name
                    and (latent, latent_steps) == (r.get('latent'), r.get('latent_steps'))]
-        values = grouped(of_this, 'gen_ppl', 'gflops')
-        costs = sorted(values)
-        curve(ax, [cost for cost, in costs], [values[cost] for cost in costs], color=f'C{i}', label=label,
-              lw=2.5 if latent_steps else 1, ls='--' if latent else '-', marker='o', ms=3)
+        if values := grouped(of_this, 'gen_ppl', 'gflops'):
+            costs = sorted(values)
+            curve(ax, [cost for cost, in costs], [values[cost] for cost in costs], color=f'C{i}', label=label,
+                  lw=2.5 if latent_steps else 1, ls='--' if latent else '-', marker='o', ms=3)
+    if not ax.containers:
+        raise UserError('no run has results to draw: examples/latents_on_text.sh measures them')
     ax.set(xlabel='GFLOPs per text, those for codes included', ylabel='Gen PPL under an AR')
     ax.set_xscale('log')
     ax.xaxis.set_major_formatter('{x:g}')

@@ -56,13 +56,13 @@ def denoised_from(model, z, t, steps, generator):
 
 def report(model, x, teacher, steps):
     """-> rows of the table, for x (n, L)."""
-    def row(start, texts, errors=()):
+    def row(start, texts, errors):
         values = [teacher.gen_ppl(texts)[0], entropies(texts)['entropy_sample'],
                   (texts == x).double().mean().item(), *errors]
         return [start, *(f'{value:.4g}' for value in values)]
     z, generator = model.latents_of(x), torch.Generator().manual_seed(0)
-    return [row('the texts', x)] + [row(f't = {t}', *denoised_from(model, z, float(t), steps, generator))
-                                    for t in TIMES]
+    return [row('the texts', x, [0.0, 0.0, 0.0])] + [
+        row(f't = {t}', *denoised_from(model, z, float(t), steps, generator)) for t in TIMES]
 
 
 def main(argv):

@@ -8,6 +8,7 @@ from helpers import fails, make
 from PIL import Image
 
 from examples import figures
+from lib.configurator import UserError
 from sawtooth import L, Sawtooth
 
 TINY = dict(dataset='sawtooth', vocab_size=2, block_size=L)
@@ -118,5 +119,7 @@ def test_curves_of_learned_codes_are_means_over_seeds(tmp_path, monkeypatch):
         path.mkdir()
         (path / 'eval.jsonl').write_text(json.dumps({**row, 'gen_ppl': gen_ppl, 'model': str(path)}) + '\n')
     figures.latents('x.png', *map(str, tmp_path.iterdir()))
-    found = {c.get_label(): c[0].get_ydata() for c in charts[0].axes[0].containers if len(c[0].get_ydata())}
+    found = {line.get_label(): line[0].get_ydata() for line in charts[0].axes[0].containers}
     assert found == {'MDLM, as wide': [20], 'MDLM, as large': [5]}
+    with pytest.raises(UserError, match='no run has results'):
+        figures.latents('x.png', str(tmp_path))
