@@ -42,7 +42,7 @@ fast=--learning_rate=8e-3             # what suits short runs of MDLM and AR
     train mdlm "$(name mdlm)" 1250 --seed="$seed" $narrow $fast
     train mdlm "$(name mdlm_pieces)" 1250 --seed="$seed" $narrow $fast --dataset=shakespeare_pieces \
         --block_size=58
-    train mdlm "$(name mdlm_as_long)" 4000 --seed="$seed" $narrow
+    train mdlm "$(name mdlm_as_long)" 3250 --seed="$seed" $narrow
 } &> "$out/others.txt" &
 others=$!
 trap 'kill -- -$others 2> /dev/null' EXIT
