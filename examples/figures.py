@@ -182,10 +182,11 @@ def latents(path, *names):
                for r in read_lines(p, ('gen_ppl', 'gflops'), ('model',))]
     chart, ax = plt.subplots(figsize=(8, 4))
     for i, ((name, latent, latent_steps), label) in enumerate(LATENTS.items()):
-        of_this = [r for r in records if 'gflops' in r and r.get('strategy') != 'joint'
+        of_this = {(r['model'], r['gflops']): r for r in records  # of two results the later counts
+                   if 'gflops' in r and r.get('strategy') != 'joint'
                    and re.sub(r'_seed\d+$', '', os.path.basename(r['model'])) == name
-                   and (latent, latent_steps) == (r.get('latent'), r.get('latent_steps'))]
-        if values := grouped(of_this, 'gen_ppl', 'gflops'):
+                   and (latent, latent_steps) == (r.get('latent'), r.get('latent_steps'))}
+        if values := grouped(of_this.values(), 'gen_ppl', 'gflops'):
             costs = sorted(values)
             curve(ax, [cost for cost, in costs], [values[cost] for cost in costs], color=f'C{i}', label=label,
                   lw=2.5 if latent_steps else 1, ls='--' if latent else '-', marker='o', ms=3)

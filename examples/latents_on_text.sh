@@ -36,22 +36,22 @@ narrow="--hidden=128 --num_heads=2"
 fast=--learning_rate=8e-3  # suits short runs of MDLM and AR
 
 # the AR that scores all samples (one for all seeds); MDLM as wide as each of LADD's two streams, after as many
-# texts as LADD's first two stages, and after as many seconds as all three
+# texts as LADD's first two stages, on pieces likewise, and after as many seconds as all three
 {
     train ar "$out/ar" 800 $narrow $fast
     train mdlm "$(name mdlm)" 1250 --seed="$seed" $narrow $fast
+    train mdlm "$(name mdlm_pieces)" 1250 --seed="$seed" $narrow $fast --dataset=shakespeare_pieces \
+        --block_size=58
     train mdlm "$(name mdlm_as_long)" 3250 --seed="$seed" $narrow
 } &> "$out/others.txt" &
 others=$!
 trap 'kill -- -$others 2> /dev/null' EXIT
 
-# beside them Di-LADD, all stages half as long as in its config; MDLM with as many weights, and on pieces
+# beside them Di-LADD, all stages half as long as in its config, and MDLM with as many weights
 echo "the other trainings write to $out/others.txt"
 train di_ladd_learned "$(name di_ladd)" 2750 --seed="$seed" --stage1_iters="$(part_of 500)" \
     --vq_start="$(part_of 200)" --stage3_start="$(part_of 1250)" --eval_interval=1250
 train mdlm "$(name mdlm_192)" 1250 --seed="$seed" $fast
-train mdlm "$(name mdlm_pieces)" 1250 --seed="$seed" $narrow $fast --dataset=shakespeare_pieces \
-    --block_size=58
 wait $others || { tail -n 3 "$out/others.txt"; exit 1; }
 trap - EXIT
 

@@ -278,7 +278,7 @@ def copy(tmp_path_factory):
     copy = tmp_path_factory.mktemp('docs') / 'nanoladd'
     for pattern in ('*.py', 'lib/*.py', 'baselines/*.py', 'config/*.py', 'data/**/*.py', 'examples/*.py',
                     'assets/paper_ladd.json', 'assets/collapse.jsonl', 'assets/neighbours.jsonl',
-                    'assets/sawtooth.jsonl', 'assets/shakespeare_char_learned.jsonl'):
+                    'assets/sawtooth.jsonl', 'assets/shakespeare_char_latents.jsonl'):
         for path in glob.glob(pattern, root_dir=ROOT, recursive=True):
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(os.path.join(ROOT, path), copy / path)
