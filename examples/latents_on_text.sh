@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Do learned latents pay on text? Di-LADD with learned codes on Tiny Shakespeare, beside MDLM of its width, of
-# its size, of its training time, and on byte pairs. RESULTS.md, "learned codes lead over characters", discusses
+# its size, of its training time, and on byte pairs. RESULTS.md, "learned codes lead at few steps", discusses
 # what comes out. Two trainings run at a time: under half an hour on two cores.
 #
 #     bash examples/latents_on_text.sh [SEED]           another seed joins the curves of those before

@@ -76,7 +76,8 @@ def main(argv):
         if not isinstance(model, LDLM) or config['stage'] == 'autoencoder':
             raise UserError(f'{name} is no LDLM with a denoiser')
         tok = open_tokenizer(config)
-        attach(model, config, tok, torch.device('cpu'), '')
+        if model.encoder_name:  # trained embeddings need no encoder
+            attach(model, config, tok, torch.device('cpu'), '')
         rows, n = open_texts('', config, tok, 'cpu')
         x = rows(torch.arange(min(n, c['num_samples'])))
         teacher = open_teacher(c['teacher'], tok, torch.device('cpu'))

@@ -127,6 +127,8 @@ def shorten(script, argv):
         return [*argv, *['--steps=1', '--latent_steps=1'] * ('denoising' in argv)]
     if script == 'examples.calibration':
         return [*argv, '--num_samples=8']
+    if script == 'examples.ldlm_errors':
+        return [*argv, '--num_samples=2', '--steps=2']
     if script == 'examples.sweep':
         return [*shorten_train(argv), '--rates=1e-3']
     if script == 'bench.py':
