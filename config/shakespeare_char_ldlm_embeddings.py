@@ -9,7 +9,7 @@ text it is the one that writes: RESULTS.md, "an LDLM that writes".
 How it departs from shakespeare_char_ldlm.py:
 - a latent is the embedding of its character, without a pretrained model below it or an encoder above it. The
   token loss trains the embeddings (reconstruction), and so does the diffusion's (encoder_warmup)
-- noise and schedule fit such latents: less noise for the decoder, and more in the middle of the schedule
+- noise and schedule fit such latents, which are small: less of the first, and a smaller tangent
 - Muon, which needs fewer steps
 """
 dataset = 'shakespeare_char'
@@ -22,7 +22,7 @@ latent_dim = 64
 decoder_layers = 1
 reconstruction = 'ce'
 sigma_dec = 0.5
-tangent = 4.0
+tangent = 1.5
 
 hidden = 128
 num_layers = 4
